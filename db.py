@@ -662,3 +662,76 @@ class Store:
                    AND created_at < :expired
             """, {"expired": expired})
         return answer, False
+
+
+# ------------------------------------------------------------------------------------------- copies and checks
+
+def back_up(path, target, *, overwrite: bool = False, progress=None) -> dict:
+    """Copy the database to a file while it is in use: the state of one moment, checked, whole or not there at all.
+
+    progress: called with the pages that remain and the pages in all. Returns the copy's products, orders and bytes.
+    Raises Unusable for a source that is no shop's database, a target that exists (unless overwrite) or is the source
+    itself, and a copy that cannot be made.
+    """
+    path, target = Path(path).absolute(), Path(target).absolute()
+    if target.exists() and (not overwrite or not target.is_file() or target.samefile(path)):
+        raise Unusable(f"{target} exists already.")
+    # SQLite would take a WAL that lies beside the copy for the copy's own.
+    for end in "-wal", "-shm", "-journal":
+        if target.name.endswith(end) or target.with_name(target.name + end).exists():
+            raise Unusable(f"{target} is, or has beside it, what belongs to a database in use.")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    source = Store(path, read_only=True)
+    try:
+        with (contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as copy,
+              contextlib.closing(source._open("mode=ro")) as reader):
+            reader.execute("BEGIN")  # holds one state, or each order that comes meanwhile would start the copy again
+            reader.execute("SELECT count(*) FROM product").fetchall()
+            reader.backup(copy, pages=1000, progress=lambda _, *pages: progress and progress(*pages))
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
+            [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
+            if verdict != "ok":
+                raise Unusable(f"The copy would not be sound: {verdict}")
+            products, orders = copy.execute("""
+                SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
+            """).fetchone()
+        partial.chmod(path.stat().st_mode & 0o777)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        size = partial.stat().st_size
+        partial.replace(target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    except (OSError, sqlite3.Error, Unavailable) as error:
+        raise Unusable(f"{target} cannot be made: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+        source.close()
+    return {"products": products, "orders": orders, "bytes": size}
+
+
+def find_faults(path) -> list[str]:
+    """Sentences that tell what is wrong in a database: its pages, its limits, its references, the sums of its orders.
+
+    Raises Unusable for a file that is no shop's database.
+    """
+    try:
+        # Not mode=ro: there SQLite leaves the CHECK constraints out.
+        with contextlib.closing(Store(path, read_only=True)._open("mode=rw")) as con:
+            con.execute("PRAGMA query_only = ON")
+            sound = con.execute("PRAGMA integrity_check").fetchall()
+            missing = con.execute("PRAGMA foreign_key_check").fetchall()
+            wrong = con.execute("""
+                SELECT orders.id AS id, total, count(order_line.order_id) AS lines,
+                       coalesce(sum(price * quantity), 0) AS sum
+                  FROM orders LEFT JOIN order_line ON order_line.order_id = orders.id
+                 GROUP BY orders.id
+                HAVING total <> sum OR lines = 0
+            """).fetchall()
+    except sqlite3.DatabaseError as error:
+        return [f"{error}."]
+    return [row["integrity_check"] for row in sound if row["integrity_check"] != "ok"] + [
+        f"A row of {row['table']} refers to one of {row['parent']} that is missing." for row in missing] + [
+        f"Order {row['id']} has a total of {row['total']} cents, but {row['lines']} lines that make {row['sum']}."
+        for row in wrong]
