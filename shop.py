@@ -8,15 +8,22 @@ This file is HTTP: the rules of a valid request, the routes, the server. All SQL
     app = shop.create_app("sqlite:///db.sqlite3")   a WSGI application, for any server or a larger program
 """
 
+import collections
 import contextlib
 import decimal
 import functools
 import hashlib
 import hmac
 import http.client
+import itertools
 import json
 import os
 import re
+import resource
+import select
+import signal
+import socket
+import string
 import sys
 import time
 import traceback
@@ -25,6 +32,14 @@ from typing import Callable, NamedTuple
 from urllib.parse import parse_qsl, quote, urlencode
 
 import bottle
+import waitress.adjustments
+import waitress.channel
+import waitress.parser
+import waitress.server
+import waitress.task
+import waitress.utilities
+import waitress.wasyncore
+from waitress.parser import ParsingError, TransferEncodingNotImplemented
 
 import db
 
@@ -717,3 +732,445 @@ def create_app(database_url: str | None = None, admin_token: str | None = None, 
 
 def log_statement(sql: str) -> None:
     print(" ".join(sql.split()), file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+# waitress without its worker threads: with them its main loop and they take the interpreter from each other. One
+# loop polls, serves every request that has come in, commits once for all that write, and only then sends their
+# answers. It leans on the inside of waitress, so the version is pinned and a test watches what it leans on.
+
+MAX_HEADER = 16 << 10  # bytes
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+PATIENCE = 30  # seconds for an idle connection, or for a request to arrive
+LOCK_WAIT = 5  # seconds that a write waits for another process
+# What will never become a head, however long one waits: a first byte of no method, or a line feed without its CR.
+NO_REQUEST = re.compile(rb"^[\r\n]*[^\r\n!#$%&'*+.^_`|~0-9A-Za-z-]|(?<!\r)\n")
+BLANKS = re.compile(rb"[ \t]{64}")
+TRANSFER_CODING = re.compile(rb"\ntransfer-encoding[ \t]*:[ \t]*([^\r\n]*)", re.I)
+
+
+class Parser(waitress.parser.HTTPRequestParser):
+    """Refuses, besides what waitress refuses, whatever would stall it, get past it or could be read in two ways."""
+
+    def __init__(self, adj):
+        super().__init__(adj)
+        self.began = time.monotonic()
+
+    def received(self, data: bytes) -> int:
+        consumed = super().received(data)
+        if self.error:
+            pass
+        elif not self.headers_finished:
+            if NO_REQUEST.search(self.header_plus):
+                self.refuse(Problem(400, "This is no request of HTTP, whose lines end in CR LF."))
+        elif self.chunked:
+            framing = self.body_rcv.control_line
+            if len(self.body_rcv) > MAX_BODY:
+                self.refuse(Problem(413, f"The body may have {MAX_BODY} bytes."))
+            elif b"\n" in framing or len(framing) > 1024 or len(self.body_rcv.trailer) > MAX_HEADER:
+                self.refuse(Problem(400, "The chunks of the body cannot be read."))
+        if self.completed:  # waitress would ask for a body that is not to come, and wait for it
+            self.expect_continue = False
+        return consumed
+
+    def refuse(self, problem: Problem) -> None:
+        self.error, self.completed = waitress.utilities.BadRequest(problem), True
+
+    def parse_header(self, header_plus: bytes) -> None:
+        if BLANKS.search(header_plus):  # the time of waitress's pattern grows with their square
+            raise ParsingError("A header has too many blanks in a row.")
+        line, *rest = header_plus.split(b"\r\n", 1)
+        if not line.isascii():  # curl sends ?q=é as it is typed
+            header_plus = b"\r\n".join([quote(line, safe=string.printable).encode(), *rest])
+        try:
+            super().parse_header(header_plus)
+        except TransferEncodingNotImplemented:
+            raise ParsingError("The only transfer coding is chunked.") from None
+        except ValueError:
+            raise ParsingError("The target or the Content-Length cannot be read.") from None
+        codings = TRANSFER_CODING.findall(header_plus)
+        if codings and (self.version != "1.1" or "CONTENT_LENGTH" in self.headers
+                        or [coding.strip().lower() for coding in codings] != [b"chunked"]):
+            raise ParsingError("Where the body ends could be read in two ways.")
+        if self.version not in ("1.0", "1.1"):
+            raise ParsingError("The request line must end in HTTP/1.1 or HTTP/1.0.")
+        if "," in self.headers.get("HOST", ""):
+            raise ParsingError("There must be one Host.")
+        if self.content_length > MAX_BODY:
+            raise ParsingError(Problem(413, f"The body may have {MAX_BODY} bytes."))
+        if self.version == "1.1" and self.headers.get("EXPECT", "100-continue").lower() != "100-continue":
+            raise ParsingError(Problem(417, "The only expectation that can be met is 100-continue."))
+
+
+class Head:
+    """What Task and ErrorTask share."""
+
+    def __init__(self, channel, request):
+        super().__init__(channel, request)
+        channel.task = self
+
+    def build_response_header(self) -> bytes:
+        # waitress's own closes the connection after a 204 or 304, for want of a length.
+        wish = self.request.headers.get("CONNECTION", "").lower().replace(" ", "").split(",")
+        self.close_on_finish |= "close" in wish or self.version == "1.0" and "keep-alive" not in wish
+        lines = [f"HTTP/{self.version} {self.status}", *map(": ".join, self.response_headers),
+                 f"Date: {self.channel.server.loop.date}"]
+        if self.close_on_finish or self.version == "1.0":
+            lines.append(f"Connection: {'close' if self.close_on_finish else 'keep-alive'}")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class Task(Head, waitress.task.WSGITask):
+    """One request that the shop answers."""
+
+
+class ErrorTask(Head, waitress.task.ErrorTask):
+    """What waitress refuses, told as the rest of the shop tells it."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        problem = error.body if isinstance(error.body, Problem) else Problem(error.code, str(error.body))
+        self.status, self.content_length, self.close_on_finish = problem.status_line, len(problem.body), True
+        self.response_headers = [*problem.headerlist, ("Content-Length", str(len(problem.body)))]
+        self.write(problem.body)
+
+
+class Channel(waitress.channel.HTTPChannel):
+    """A connection. What is to be sent waits in `out`, as it is, and leaves head and body together."""
+
+    task_class, error_task_class, parser_class = Task, ErrorTask, Parser
+    task = None
+    lingering = 0.0  # until when a connection that is closed to one side is still listened to
+    asked = 0.0  # when the request was complete
+
+    def __init__(self, *args, **kwargs):
+        self.out = collections.deque()
+        super().__init__(*args, **kwargs)
+
+    def write_soon(self, data: bytes) -> int:
+        if not self.connected:
+            raise waitress.channel.ClientDisconnected
+        if data:
+            self.out.append(data)
+            self.total_outbufs_len += len(data)
+        return len(data)
+
+    def _flush_some(self, do_close: bool = True) -> None:
+        while self.out:
+            try:
+                sent = self.socket.sendmsg(itertools.islice(self.out, 64))
+            except BlockingIOError:
+                return
+            self.last_activity = time.time()
+            self.total_outbufs_len -= sent
+            while self.out and sent >= len(self.out[0]):
+                sent -= len(self.out.popleft())
+            if sent:
+                self.out[0] = memoryview(self.out[0])[sent:]
+
+    def send_continue(self) -> None:
+        self.request.expect_continue = False
+        self.sent_continue = True
+        self.write_soon(b"HTTP/1.1 100 Continue\r\n\r\n")  # after the commit of what waits before it
+
+    def readable(self):
+        return self.lingering > 0 or super().readable()
+
+    def handle_read(self) -> None:
+        try:
+            part = self.socket.recv(self.adj.recv_bytes)
+        except OSError:
+            return self.handle_close()
+        if part and self.lingering:
+            return
+        if part:
+            self.last_activity = time.time()
+            self.received(part)
+        elif self.request and not self.lingering:
+            self.refuse(Problem(400, "The request ended before it was complete."))
+        else:
+            self.handle_close()
+
+    def handle_write(self) -> None:
+        self._flush_exception(self._flush_some)
+        if self.will_close:
+            self.handle_close()
+        elif not self.out and self.close_when_flushed:
+            self.linger()
+        elif not self.out and self.requests:
+            self.server.add_task(self)
+
+    def handle_expt(self) -> None:
+        self.handle_close()  # urgent data are no part of HTTP, and poll tells of them without end
+
+    def linger(self) -> None:
+        """Say that nothing more comes, and hear the client out: closing would reset it before it reads its answer."""
+        self.close_when_flushed, self.lingering = False, time.monotonic() + 5
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer a request that has not come in full, and close."""
+        self.request.refuse(problem)
+        self.requests, self.request = [self.request], None
+        self.server.add_task(self)
+
+    def retract(self, problem: Problem) -> None:
+        """Answer with the problem instead of what waits to be sent, and close."""
+        request, self.requests = self.task.request, []
+        self.out.clear()
+        self.total_outbufs_len, self.close_when_flushed = 0, True
+        request.error = waitress.utilities.BadRequest(problem)
+        ErrorTask(self, request).service()
+
+
+class Server(waitress.server.TcpWSGIServer):
+    """A listening socket."""
+
+    channel_class = Channel
+
+    def __init__(self, loop, *args, **kwargs):
+        self.loop = loop
+        super().__init__(*args, **kwargs)
+
+    def handle_accept(self) -> None:
+        before = -1  # waitress accepts one connection a turn: take all that wait
+        while before < len(self.active_channels) and len(self._map) < self.adj.connection_limit:
+            before = len(self.active_channels)
+            super().handle_accept()
+
+    def add_task(self, channel: Channel) -> None:
+        if not channel.out:  # else it comes again when all is sent: answers leave in the order of the requests
+            channel.asked = time.perf_counter()
+            self.loop.ready.append(channel)
+
+    def pull_trigger(self) -> None:
+        """Nobody is to be woken: the thread that would call it is the loop's."""
+
+    def maintenance(self, now: float) -> None:
+        for channel in list(self.active_channels.values()):
+            if channel.lingering:
+                channel.will_close = channel.lingering < time.monotonic()
+            elif channel.requests and not channel.out:
+                continue  # they wait for the lock
+            elif channel.request and not channel.requests and channel.request.began < time.monotonic() - PATIENCE:
+                channel.refuse(Problem(408, f"The request took more than {PATIENCE} seconds to arrive."))
+            elif channel.last_activity < now - PATIENCE:
+                channel.will_close = True
+
+
+class Loop:
+    """Serves a shop in the calling thread until a signal ends it."""
+
+    def __init__(self, shop: Shop, settings: Settings):
+        self.store, self.log = shop.store, Log() if settings.access_log and sys.stdout else None
+        self.map, self.ready, self.waiting, self.stopping = {}, [], False, None
+        adj = waitress.adjustments.Adjustments(
+            host=settings.host, port=settings.port, ident=None, clear_untrusted_proxy_headers=False,
+            recv_bytes=1 << 16, outbuf_high_watermark=1 << 62,  # above it waitress waits for a second thread
+            max_request_header_size=MAX_HEADER + 1, max_request_body_size=8 << 20, inbuf_overflow=16 << 20,
+            connection_limit=allow_connections(), cleanup_interval=1, log_socket_errors=False)
+        self.servers = [Server(self, shop, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
+                        for sockinfo in adj.listen]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+
+    def run(self) -> None:
+        while not self.stopping or self.wind_up():
+            pause = 0.01 if self.waiting or self.stopping else 0 if self.ready else 1
+            waitress.wasyncore.poll2(pause, self.map)
+            found = 0
+            while len(self.ready) > found:  # what comes while the first are read shares their commit
+                found = len(self.ready)
+                waitress.wasyncore.poll2(0, self.map)
+            self.take_turn()
+        waitress.wasyncore.close_all(self.map)
+
+    def take_turn(self) -> None:
+        """Serve every request that has come in; all that write share one transaction and its commit."""
+        self.date = waitress.utilities.build_http_date(time.time())
+        channels, self.ready, self.waiting = [channel for channel in self.ready if channel.connected], [], False
+        writers = [channel for channel in channels
+                   if not channel.requests[0].error and channel.requests[0].command not in SAFE_METHODS]
+        together = False
+        if writers:
+            try:
+                self.store.begin()
+                together = True
+            except db.Busy:  # reads go on, and the writes try again
+                patient = [channel for channel in writers if time.perf_counter() - channel.asked < self.lock_wait()]
+                channels = [channel for channel in channels if channel not in patient]
+                self.ready, self.waiting = patient, bool(patient)
+            except db.Unavailable:
+                pass  # each write finds out by itself, and says so
+        for channel in channels:
+            if self.stopping:
+                channel.requests[0].headers["CONNECTION"] = "close"
+            channel.service()
+        if together:
+            try:
+                self.store.commit()
+            except db.Unavailable as failure:
+                for channel in writers:
+                    if channel.connected:
+                        channel.retract(FAILURES[type(failure)](failure))
+        for channel in channels:
+            if channel.connected:
+                channel.handle_write()
+        if self.log and channels:
+            stamp = db.timestamp()
+            self.log.write("".join(access_line(stamp, channel) for channel in channels))
+
+    def lock_wait(self) -> float:
+        return 0 if self.stopping and time.monotonic() > self.stopping + 2 else LOCK_WAIT
+
+    def stop(self, number: int, frame) -> None:
+        if self.stopping:
+            os._exit(128 + number)
+        self.stopping = time.monotonic()
+        self.servers[0].trigger.pull_trigger()
+
+    def wind_up(self) -> bool:
+        """Take no more requests; whether there is still something to answer, and time for it."""
+        late = time.monotonic() - self.stopping
+        for server in self.servers:
+            if server.accepting:
+                server.handle_accept()  # what connected before the signal may have asked already
+                server.accepting = False
+                self.map.pop(server._fileno)
+                server.socket.close()
+                return True
+        channels = [channel for channel in self.map.values() if isinstance(channel, Channel)]
+        for channel in channels:
+            if channel.request and not channel.requests and late > 1:
+                channel.refuse(Problem(503, "The shop closes: send it again.", headers={"Retry-After": RETRY_AFTER}))
+            idle = not (channel.out or channel.requests or channel.request)
+            if late > (1 if idle else 4.5):
+                channel.handle_close()
+            elif idle and not channel.lingering:
+                channel.linger()
+        return any(channel.connected for channel in channels)
+
+
+class Log:
+    """Standard output, for as long as somebody reads it: a pipe that is full must not stop the shop."""
+
+    def __init__(self):
+        self.descriptor, self.poll = sys.stdout.fileno(), select.poll()
+        self.poll.register(self.descriptor, select.POLLOUT)
+
+    def write(self, text: str) -> None:
+        lines = text.encode()
+        while lines:
+            # So much is written without waiting, or not at all; whole lines, where they fit.
+            end = lines.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+            if self.poll.poll(0):
+                with contextlib.suppress(OSError):
+                    os.write(self.descriptor, lines[:end])
+            lines = lines[end:]
+
+
+def access_line(stamp: str, channel: Channel) -> str:
+    task, request = channel.task, channel.task.request
+    path = "-" if request.error else request.request_uri.partition("?")[0]
+    if not (path.isascii() and path.isprintable()):
+        path = quote(path, safe=string.punctuation, encoding="latin-1")
+    method, milliseconds = "-" if request.error else request.command, (time.perf_counter() - channel.asked) * 1000
+    return (f"{stamp} {channel.addr[0]} {method} {path} {task.status[:3]} {task.content_bytes_written} "
+            f"{milliseconds:.1f}\n")
+
+
+def allow_connections() -> int:
+    """Raise the limit of open files as far as it goes; how many connections that leaves room for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return max(files - 64, 16)
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+HELP = """usage: python shop.py [serve]                        serve the shop until SIGTERM or SIGINT
+       python shop.py backup FILE [--overwrite]     copy the database to FILE, while it is in use
+       python shop.py check [FILE]                  see whether a database is sound; without FILE, the shop's own
+
+Settings come from the environment, and from a file .env in the working directory:
+    DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
+    HOST, PORT     where to listen: 127.0.0.1, 8000
+    ADMIN_TOKEN    what changes the shop or reads orders must carry it as Authorization: Bearer; unset: open to everyone
+    ACCESS_LOG     true: a line a request on standard output
+    DEBUG          false; true logs every SQL statement on standard error
+    READ_ONLY      false; true serves a copy that another process renews, and refuses every write
+    LITESTREAM     false; true leaves the checkpoints to a Litestream that replicates the database
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says; returns the exit status."""
+    match arguments:
+        case [] | ["serve"]:
+            return serve()
+        case ["backup", file] | ["backup", file, "--overwrite"] | ["backup", "--overwrite", file] if file[:1] != "-":
+            return back_up(file, overwrite="--overwrite" in arguments)
+        case ["check"]:
+            return find_faults()
+        case ["check", file] if file[:1] != "-":
+            return find_faults(file)
+    asked = {"-h", "--help"} & set(arguments)
+    print(HELP, end="", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def fail(reason, status: int) -> int:
+    print(f"shop: {' '.join(str(reason).split())}", file=sys.stderr)
+    return status
+
+
+def serve() -> int:
+    try:
+        settings = read_settings(environment())
+        shop = open_shop(settings, wait=0)  # the loop waits for the lock itself, and serves reads meanwhile
+    except (Unsuitable, db.Unusable) as failure:
+        return fail(failure, 2)
+    try:
+        loop = Loop(shop, settings)
+    except (OSError, ValueError) as failure:  # of the listening socket
+        reason = getattr(failure, "strerror", None) or "there is no such host"
+        return fail(f"cannot listen on HOST {settings.host}, PORT {settings.port}: {reason}.", 2)
+    host, port = loop.servers[0].effective_host, loop.servers[0].effective_port
+    print(f"Serving http://{f'[{host}]' if ':' in host else host}:{port}/ from {shop.store.path}", flush=True)
+    if not settings.admin_token:
+        print("ADMIN_TOKEN is not set: everyone may read orders and change products.", flush=True)
+    loop.run()
+    shop.store.close()
+    return 0
+
+
+def back_up(file: str, overwrite: bool) -> int:
+    began = time.monotonic()
+
+    def show_progress(remaining: int, pages: int) -> None:
+        if sys.stderr.isatty() and time.monotonic() - began > 1:
+            print(f"\r{100 - 100 * remaining // max(pages, 1)} %", end="\r" if remaining else "\n", file=sys.stderr)
+
+    try:
+        database = read_settings(environment()).database
+        made = db.back_up(database, file, overwrite=overwrite, progress=show_progress)
+    except (Unsuitable, db.Unusable) as failure:
+        return fail(failure, 1)
+    print(f"{file}: {made['products']} products, {made['orders']} orders, {made['bytes']} bytes")
+    return 0
+
+
+def find_faults(file: str | None = None) -> int:
+    try:
+        file = file or read_settings(environment()).database
+        faults = db.find_faults(file)
+    except (Unsuitable, db.Unusable) as failure:
+        return fail(failure, 1)
+    print("\n".join(faults) or f"{file}: sound")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -698,3 +698,744 @@ def test_stock_is_conserved_through_a_mixed_run(shop, url):
     for number in range(1, 6):
         assert shop.stock({"id": number}) == 200 + added[number] - sold[number]
     assert db.find_faults(url[10:]) == []
+
+
+# ------------------------------------------------------------------------------------------------ the real process
+
+class Server:
+    """A `python shop.py` on a port of its own."""
+
+    def __init__(self, folder, **settings):
+        self.folder, self.settings = folder, settings
+
+    def run(self, *arguments, **more):
+        """Run it to its end."""
+        return subprocess.run([sys.executable, HERE / "shop.py", *arguments], cwd=self.folder, env=self.environment(),
+                              capture_output=True, text=True, timeout=30, **more)
+
+    def environment(self):
+        return {"PATH": os.environ["PATH"], "PORT": "0", "DATABASE_URL": "sqlite:///db.sqlite3"} | self.settings
+
+    def start(self, program=None):
+        command = ["-c", program] if program else [HERE / "shop.py"]
+        self.errors = open(self.folder / "stderr", "a+")
+        self.process = subprocess.Popen([sys.executable, *command], cwd=self.folder, stdout=subprocess.PIPE, text=True, bufsize=1,
+                                        stderr=self.errors, env=self.environment() | {"PYTHONPATH": str(HERE)})
+        line = self.process.stdout.readline()
+        assert line.startswith("Serving http://"), (line, (self.folder / "stderr").read_text())
+        self.port = int(re.search(r":(\d+)/ from ", line)[1])
+        self.log = [line]
+        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+        return self
+
+    def end(self, number=signal.SIGTERM):
+        """Send a signal; returns the exit status and the seconds that it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        status = self.process.wait(20)
+        self.reader.join(5)
+        self.errors.close()
+        self.process.stdout.close()
+        return status, time.monotonic() - began
+
+    def connect(self, **options):
+        connection = socket.create_connection(("127.0.0.1", self.port), 10)
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        return connection
+
+    def send(self, *parts, half_close=False):
+        """Send bytes on a new connection and return every answer, until the server closes or is silent."""
+        with self.connect() as connection:
+            for part in parts:
+                connection.sendall(part)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            return read_answers(connection)
+
+    def __call__(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            data = json.dumps(body) if body is not None else None
+            connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+            answer = connection.getresponse()
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None, answer.headers
+        finally:
+            connection.close()
+
+    def order(self, product=1, quantity=1, **headers):
+        return self("POST", "/orders/", {"products": [{"product_id": product, "quantity": quantity}]}, **headers)
+
+    def tracebacks(self):
+        return (self.folder / "stderr").read_text()
+
+
+def read_answers(connection):
+    """Each answer as (status, headers, body); reads on until the connection is closed or half a second of silence."""
+    data, found = b"", []
+    connection.settimeout(0.5)
+    try:
+        while part := connection.recv(1 << 16):
+            data += part
+    except (TimeoutError, ConnectionResetError) as error:
+        found += [] if isinstance(error, TimeoutError) else ["reset"]
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("content-length", 0))
+        found.append((int(first.split()[1]), headers, data[:length]))
+        data = data[length:]
+    return found
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path).start()
+    yield server
+    if server.process.poll() is None:
+        assert server.end()[0] == 0
+    assert server.tracebacks() == ""
+
+
+def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(tmp_path):
+    server = Server(tmp_path).start()
+    for _ in range(2):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        for number in range(500):
+            connection.request("POST", "/products/", json.dumps({"name": f"P{number}", "price": 1.25, "stock": 1000}), JSON)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 201
+        connection.close()
+    placed, stop = [], threading.Event()
+
+    def buy(n):
+        connection, dice = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10), random.Random(n)
+        for number in range(10 ** 6):
+            body = json.dumps({"products": [{"product_id": product, "quantity": dice.randint(1, 3)}
+                                            for product in dice.sample(range(1, 1001), 3)]})
+            key = f"{n}-{number}"
+            placed.append([key, body, None])
+            mine = placed[-1]
+            try:
+                connection.request("POST", "/orders/", body, JSON | {"Idempotency-Key": key})
+                answer = connection.getresponse()
+                mine[2] = answer.status, json.loads(answer.read())
+            except (OSError, http.client.HTTPException):
+                return
+            if stop.is_set():
+                return
+
+    for _ in range(2):
+        threads = [threading.Thread(target=buy, args=(n + 100 * _,)) for n in range(30)]
+        [thread.start() for thread in threads]
+        while sum(answer is not None for *_, answer in placed) < 300 * (_ + 1):
+            time.sleep(0)
+        assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+        [thread.join() for thread in threads]
+        server.start()
+    stop.set()
+    acknowledged = {key: answer[1] for key, _, answer in placed if answer and answer[0] == 201}
+    assert len(acknowledged) >= 600
+    for key, body, answer in placed:
+        status, again, headers = server("POST", "/orders/", json.loads(body), **{"Idempotency-Key": key})
+        assert status == 201 and (key not in acknowledged or (again, headers["Idempotent-Replayed"]) == (answer[1], "true"))
+    orders, path = [], "/orders/?limit=1000"
+    while path:
+        _, page, _ = server("GET", path)
+        orders, path = orders + page["orders"], page["next"]
+    assert len(orders) == len(placed)
+    sold = sum(line["quantity"] for order in orders for line in order["products"])
+    assert sum(product["stock"] for product in server("GET", "/products/")[1]["products"]) == 1_000_000 - sold
+    assert server.end()[0] == 0 and server.tracebacks() == ""
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+
+
+BODY = b'{"name": "x", "price": 1}'
+HEAD = b"POST /products/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("request_, status", [
+    (b"nonsense\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400), (b"GET\r\n\r\n", 400),
+    (b"GET /\r\n\r\n", 400), (b"GET / HTTP/2.0\r\n\r\n", 400), (b"GET / HTTP/9.9\r\n\r\n", 400),
+    (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"GET / HTTP/1.1 x\r\n\r\n", 400), (b"GET / FTP/1.1\r\n\r\n", 400),
+    (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", 200), (b"GET / HTTP/1.1\r\n x: y\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\nC: d\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nA:" + b" " * 16_000 + b"\1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nA: " + b"a" * 17_000 + b"\r\n\r\n", 431),
+    (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\n\r\n", 431), (b"GET / HTTP/1.1\r\nA: " + b"a" * 40_000, 431),
+    (b"GET / HTTP/1.1\r\nA: " + b"a" * 16_000 + b"\r\n\r\n", 200), (b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    (b"GET http://example.org/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200), (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+    (b"GET /%ff HTTP/1.1\r\nHost: x\r\n\r\n", 404), (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    (b"CONNECT example.org:80 HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400), (HEAD + b"Content-Length: -1\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 25\r\nContent-Length: 25\r\n\r\n" + BODY, 400), (HEAD + b"Content-Length: +25\r\n\r\n" + BODY, 400),
+    (HEAD + b"Content-Length: 25\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 25\r\nTransfer-Encoding:\r\n\r\n" + BODY, 400),
+    (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 400), (HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (HEAD + b"Transfer-Encoding: Chunked\r\n\r\n19;a=b\r\n" + BODY + b"\r\n0\r\nT: x\r\n\r\n", 201),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400), (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 3000, 400),
+    (HEAD + b"Content-Length: 25\r\nExpect: 100-continue\r\n\r\n" + BODY, 201), (HEAD + b"Expect: 100-continue\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 25\r\nExpect: a miracle\r\n\r\n" + BODY, 417), (HEAD + b"Content-Length: 2000000\r\n\r\n", 413),
+    (HEAD + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n\r\n", 413),
+    (HEAD + b"Content-Length: 25\r\n\r\n" + BODY[:9], 400), (HEAD[:40], 400), (b"GET / HTT", 400), (b"\r\n\r\nGET / HTTP/1.1\r\n\r\n", 200)])
+def test_whatever_comes_over_the_wire_is_answered_in_json(server, request_, status):
+    answers = [answer for answer in server.send(request_, half_close=True) if answer[0] != 100]
+    assert [answer[0] for answer in answers] == [status], answers
+    kind = "application/json" if status < 300 else "application/problem+json"
+    assert answers[0][1]["content-type"] == kind and json.loads(answers[0][2]).get("status", status) == status or status < 300
+
+
+def test_a_chunked_body_is_measured_without_its_framing(server):
+    def chunked(size):
+        body = BODY.ljust(size)
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in
+                          (body[at:at + 500] for at in range(0, size, 500)))
+        return server.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, b"0\r\n\r\n")[0][0]
+
+    assert chunked(1 << 20) == 201
+    assert chunked((1 << 20) + 1) == 413
+
+
+def test_a_client_that_sends_too_much_can_still_read_the_413(server):
+    for head in b"Content-Length: 8000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n7a1200\r\n":
+        [(status, headers, body)] = server.send(HEAD + head, *[b"x" * 80_000] * 100)
+        assert status == 413 and json.loads(body)["status"] == 413 and headers["connection"] == "close"
+
+
+def test_a_smuggled_request_is_never_served(server):
+    inner = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    answers = server.send(HEAD + b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(inner)) + inner)
+    assert [(answer[0], answer[1]["connection"]) for answer in answers] == [(400, "close")]
+
+
+def test_requests_in_one_packet_are_answered_in_their_order(server):
+    get = b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n"
+    post = HEAD + b"Content-Length: 25\r\n\r\n" + BODY
+    answers = server.send((post + get) * 20)
+    assert [answer[0] for answer in answers] == [201, 200] * 20
+    assert [len(json.loads(answer[2])["products"]) for answer in answers[1::2]] == list(range(1, 21))
+
+
+def test_a_search_may_be_typed_into_curl_as_it_is(server):
+    server("POST", "/products/", {"name": "CAFÉ", "price": 1})
+    [(status, _, body)] = server.send("GET /products/?q=é HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert status == 200 and len(json.loads(body)["products"]) == 1
+
+
+@pytest.mark.parametrize("request_", [b"GET / HTTP/1.1\nHost: x\n\n", b"\x16\x03\x01\x02\x00", b"\r\n {", b"GET / HTTP/1.1\r\nHost: x\n",
+                                      HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\nabcde\n0\n\n"])
+def test_what_can_never_become_a_request_is_refused_without_waiting_for_its_end(server, request_):
+    [(status, headers, body)] = server.send(request_)
+    assert status == 400 and json.loads(body)["status"] == 400
+
+
+def test_an_answer_without_a_body_leaves_the_connection_open(server):
+    server("POST", "/products/", {"name": "x", "price": 1})
+    for first, status in [(b"OPTIONS / HTTP/1.1\r\nHost: x\r\n\r\n", 204), (b"DELETE /products/1/ HTTP/1.1\r\nHost: x\r\n\r\n", 204),
+                          (b"GET /products/ HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n\r\n", 304)]:
+        answers = server.send(first + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: te, close\r\n\r\n")
+        assert [answer[0] for answer in answers] == [status, 200]
+        assert [answer[1].get("connection") for answer in answers] == [None, "close"]
+
+
+def test_a_client_of_http_1_0_may_keep_its_connection(server):
+    get = b"GET /healthz HTTP/1.0\r\n%b\r\n"
+    kept, closed = get % b"Connection: Keep-Alive\r\n", get % b""
+    assert [answer[1]["connection"] for answer in server.send(kept + closed + kept)] == ["keep-alive", "close"]
+
+
+def test_proxy_headers_of_a_stranger_change_nothing(server):
+    forged = b"X-Forwarded-Host: evil\r\nX-Forwarded-Proto: https\r\nX-Forwarded-For: 6.6.6.6\r\nForwarded: for=6.6.6.6\r\n" \
+             b"X-Forwarded-Prefix: /evil\r\nX-Script-Name: /evil\r\n"
+    [(status, headers, _)] = server.send(HEAD + forged + b"Content-Length: 25\r\n\r\n" + BODY)
+    assert status == 201 and headers["location"] == "/products/1/" and "server" not in headers
+    server.end()
+    assert " 127.0.0.1 POST /products/ 201 " in server.log[-1]
+
+
+def test_idle_and_slow_clients_do_not_hold_up_the_others(server):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 1000})
+    idle = [server.connect() for _ in range(min(hard, 4096) // 2 - 248)]  # 1800
+    slow = [server.connect() for _ in range(100)]
+    for byte in HEAD[:8]:
+        for connection in slow:
+            connection.sendall(bytes([byte]))
+        began = time.monotonic()
+        assert server.order()[0] == 201 and time.monotonic() - began < 1
+    for connection in idle + slow:
+        connection.close()
+
+
+def test_half_sent_and_idle_connections_end(tmp_path):
+    server = Server(tmp_path).start("import shop; shop.PATIENCE = 1; raise SystemExit(shop.main([]))")
+    with server.connect() as idle, server.connect() as slow:
+        for byte in b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 100:  # a byte at a time does not keep it alive
+            slow.sendall(bytes([byte]))
+            if select.select([slow], [], [], 0.1)[0]:
+                break
+        [(status, _, body)] = read_answers(slow)
+        assert status == 408 and json.loads(body)["status"] == 408
+        assert idle.recv(1) == b""
+    assert server.end()[0] == 0 and server.tracebacks() == ""
+
+
+def test_a_write_that_waits_for_the_lock_outlives_the_patience_with_the_rest_of_its_connection(tmp_path):
+    server = Server(tmp_path).start("import shop; shop.PATIENCE, shop.LOCK_WAIT = 1, 3; raise SystemExit(shop.main([]))")
+    other = sqlite3.connect(tmp_path / "db.sqlite3", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with server.connect() as connection:
+        connection.sendall((HEAD + b"Content-Length: 25\r\n\r\n" + BODY) * 2 + HEAD)
+        assert connection.recv(20) == b"HTTP/1.1 503 Service"
+    other.close()
+    assert server("POST", "/products/", {"name": "x", "price": 1})[0] == 201
+    assert server.end()[0] == 0 and server.tracebacks() == ""
+
+
+def fill(folder, products):
+    """Add so many products of 10 kB, past the shop."""
+    with sqlite3.connect(folder / "db.sqlite3") as con:
+        con.executemany("INSERT INTO product (name, description, price, stock) VALUES (?, ?, 100, 9)",
+                        [("x", "y" * 10_000)] * products)
+    con.close()
+
+
+def test_a_slow_reader_gets_a_large_answer_in_full_while_others_go_on_and_the_server_stops(server, tmp_path):
+    fill(tmp_path, 1800)  # waitress would wait for a second thread above 16 MiB
+    with server.connect() as reader, server.connect() as idle:
+        reader.sendall(b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        idle.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert server.order()[0] == 201
+        server.process.terminate()
+        parts = []
+        while part := reader.recv(1 << 20):
+            parts.append(part)
+        received = b"".join(parts)
+        assert received.count(b"HTTP/1.1 200 OK") == 2 and received.count(b'"next":null}') == 2
+    assert server.process.wait(5) == 0
+
+
+def test_an_upload_under_way_at_the_signal_is_told_to_come_again(server):
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 25\r\n\r\n" + BODY[:9])
+        assert server("GET", "/healthz")[0] == 200
+        server.process.terminate()
+        data = b""
+        while part := connection.recv(1000):
+            data += part
+        assert data.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in data
+    assert server.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_with_status_0_and_a_folded_wal(server, tmp_path, number):
+    with server.connect(), server.connect():
+        server("POST", "/products/", {"name": "x", "price": 1, "stock": 9})
+        status, seconds = server.end(number)
+    assert status == 0 and seconds < 3 and not (tmp_path / "db.sqlite3-wal").exists()
+
+
+def test_a_second_signal_ends_the_server_at_once(server, tmp_path):
+    fill(tmp_path, 1800)
+    with server.connect() as reader:
+        reader.sendall(b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        reader.recv(10)
+        server.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(0.5)
+        assert server.end()[0] == 128 + signal.SIGTERM
+
+
+def test_an_urgent_byte_closes_its_connection_and_no_more(server):
+    with server.connect() as connection:
+        connection.send(b"x", socket.MSG_OOB)
+        assert read_answers(connection) in ([], ["reset"])
+    assert server("GET", "/healthz")[0] == 200
+
+
+def test_an_answer_under_way_at_the_signal_is_whole_though_the_client_has_asked_again(server, tmp_path):
+    fill(tmp_path, 600)
+    with server.connect(SO_RCVBUF=1 << 16) as reader:
+        reader.sendall(b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        reader.recv(10)
+        reader.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        server.process.terminate()
+        received = b""
+        while part := reader.recv(1 << 20):
+            received += part
+    assert b'"next":null}' in received and server.process.wait(5) == 0
+
+
+def test_a_connection_that_is_reset_between_two_requests_does_no_harm(server, tmp_path):
+    fill(tmp_path, 300)
+    for number in range(100):
+        with server.connect(SO_LINGER=struct.pack("ii", 1, 0)) as connection:
+            connection.sendall(b"GET /products/?q=z%d HTTP/1.1\r\nHost: x\r\n\r\n" % number
+                               + HEAD + b"Expect: 100-continue\r\nContent-Length: 60\r\n\r\n")
+            select.select([connection], [], [], number / 50_000)
+    assert server("GET", "/healthz")[0] == 200
+
+
+def test_clients_that_vanish_leave_nothing_behind(server):
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 10 ** 9})
+    status = Path(f"/proc/{server.process.pid}")
+
+    def measure():
+        pages = int((status / "statm").read_text().split()[1])
+        return len(list((status / "fd").iterdir())), pages * 4096
+
+    def vanish(times):
+        order = b'{"products": [{"product_id": 1, "quantity": 1}]}'
+        whole = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(order) + order
+        for number in range(times):
+            with server.connect(SO_LINGER=struct.pack("ii", 1, 0)) as connection:
+                connection.sendall(whole[:len(whole) - number % 3 * 40])
+        for _ in range(100):
+            assert server("GET", "/products/")[0] == 200
+
+    vanish(300)
+    files, memory = measure()
+    vanish(1500)
+    later_files, later_memory = measure()
+    assert later_files <= files + 3 and later_memory < memory + (4 << 20)
+    assert server.order()[0] == 201
+
+
+def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(server, tmp_path):
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 9})
+    other = sqlite3.connect(tmp_path / "db.sqlite3", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(server.order) for _ in range(3)]
+        slowest = 0
+        while not all(answer.done() for answer in waiting):
+            began = time.monotonic()
+            assert server("GET", "/products/1/")[:2] == (200, {"id": 1, "name": "x", "description": "", "price": 1, "stock": 9})
+            slowest = max(slowest, time.monotonic() - began)
+        for answer in waiting:
+            status, problem, headers = answer.result()
+            assert status == 503 and headers["Retry-After"] == "1" and problem["detail"] == "The database is busy."
+        assert slowest < 0.5
+        waiting = [pool.submit(server.order) for _ in range(3)]
+        assert server("GET", "/healthz")[0] == 200
+        other.execute("ROLLBACK")
+        assert [answer.result()[0] for answer in waiting] == [201] * 3
+    other.close()
+    assert server("GET", "/products/1/")[1]["stock"] == 6
+
+
+def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tmp_path):
+    other = sqlite3.connect(tmp_path / "db.sqlite3", isolation_level=None)
+    other.execute("PRAGMA user_version = 0")
+    other.execute("BEGIN EXCLUSIVE")
+    other.execute("CREATE TABLE _litestream_seq (x)")
+    server = Server(tmp_path).start()
+    status, problem, headers = server("GET", "/products/")
+    assert (status, headers["Retry-After"]) == (503, "1") and server("GET", "/healthz")[0] == 503
+    other.execute("COMMIT")
+    other.close()
+    assert server("POST", "/products/", {"name": "x", "price": 1})[0] == 201 and server("GET", "/healthz")[0] == 200
+    assert server.end()[0] == 0 and server.tracebacks() == ""
+
+
+def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(tmp_path):
+    server = Server(tmp_path).start("import resource, shop; resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1)); "
+                                    "raise SystemExit(shop.main([]))")
+    added = 0
+    while (answer := server("POST", "/products/", {"name": "x", "description": "y" * 10_000, "price": 1, "stock": 9}))[0] == 201:
+        added += 1
+    status, problem, headers = answer
+    assert status == 503 and headers["Retry-After"] == "1" and problem["detail"] in ("The disk is full.", "The disk does not read or write.")
+    assert added > 10 and len(server("GET", "/products/")[1]["products"]) == added
+    body = json.dumps({"name": "x", "description": "y" * 9000, "price": 1}).encode()
+    post = HEAD + b"Content-Length: %d\r\n" % len(body)
+    answers = server.send(post + b"\r\n" + body + post + b"Expect: 100-continue\r\n\r\n")  # the 100 sends no 201 along
+    assert [answer[0] for answer in answers] == [503]
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    assert server.order()[0] == 201 and server("POST", "/products/", {"name": "x", "price": 1})[1]["id"] == added + 1
+    assert server.end()[0] == 0 and server.tracebacks() == ""
+    assert db.find_faults(tmp_path / "db.sqlite3") == []
+
+
+def test_a_failed_commit_is_told_to_all_that_shared_it_and_undone(url):
+    store = db.Store(url[10:])
+    store.add_product(name="x", price=1, stock=9)
+    store.begin()
+    store.place_order([{"product_id": 1, "quantity": 1}])
+    with pytest.raises(db.InsufficientStock):
+        store.place_order([{"product_id": 1, "quantity": 9}])
+    store._writer.execute("ROLLBACK")  # as SQLite does by itself when the disk is full
+    with pytest.raises(db.Unavailable):
+        store.place_order([{"product_id": 1, "quantity": 1}])
+    with pytest.raises(db.Unavailable):
+        store.commit()
+    assert store.read_product(1)["stock"] == 9 and store.list_orders() == ([], None)
+    assert store.place_order([{"product_id": 1, "quantity": 9}])["id"] == 1
+    store.close()
+
+
+def test_the_access_log_has_one_line_a_request(server):
+    server("POST", "/products/", {"name": "x", "price": 1})
+    server("GET", "/products/1/?secret=1")
+    server.send(b"GET /a%0Ab\x1b HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.send(b"nonsense\r\n\r\n")
+    server.end()
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 "
+    assert server.log[1] == "ADMIN_TOKEN is not set: everyone may read orders and change products.\n"
+    for line, rest in zip(server.log[2:], ["POST /products/ 201 59", "GET /products/1/ 422 \\d+", "GET /a%0Ab%1B 404 \\d+", "- - 400 \\d+"],
+                          strict=True):
+        assert re.fullmatch(stamp + rest + r" \d+\.\d\n", line), line
+
+
+def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
+    server = Server(tmp_path, ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true").start()
+    assert server("POST", "/products/", {"name": "x", "price": 1}, Authorization="Bearer s3cret")[0] == 201
+    server.end()
+    assert len(server.log) == 1 and "INSERT INTO product" in server.tracebacks() and "s3cret" not in server.tracebacks()
+
+
+def test_nobody_needs_to_read_the_log(tmp_path):
+    server = Server(tmp_path)
+    server.process = subprocess.Popen([sys.executable, HERE / "shop.py"], cwd=tmp_path, env=server.environment(),
+                                      stdout=subprocess.PIPE, text=True, bufsize=1)
+    server.port = int(re.search(r":(\d+)/", server.process.stdout.readline())[1])
+    request = b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n"
+    for _ in range(4):
+        assert len(server.send(request * 400)) == 400  # 100 KB of log lines, and a pipe holds 64
+    server.process.stdout.close()
+    assert len(server.send(request)) == 1
+    server.process.terminate()
+    assert server.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"PORT": "http"}, "PORT"), ({"PORT": "65536"}, "PORT"), ({"PORT": "-1"}, "PORT"), ({"DATABASE_URL": "postgres://x"}, "DATABASE_URL"),
+    ({"DATABASE_URL": "sqlite:///"}, "DATABASE_URL"), ({"DATABASE_URL": "sqlite:///:memory:"}, "DATABASE_URL"),
+    ({"DEBUG": "maybe"}, "DEBUG"), ({"ACCESS_LOG": "2"}, "ACCESS_LOG"), ({"READ_ONLY": "x"}, "READ_ONLY"),
+    ({"LITESTREAM": "x"}, "LITESTREAM"), ({"ADMIN_TOKEN": "a b"}, "ADMIN_TOKEN"), ({"HOST": "no.such.host.invalid"}, "HOST"),
+    ({"HOST": "192.0.2.1"}, "HOST"), ({"DATABASE_URL": "sqlite:///none/such/db.sqlite3"}, "cannot be opened"),
+    ({"DATABASE_URL": "sqlite:///."}, "cannot be opened"), ({"DATABASE_URL": "sqlite:///text"}, "not a database"),
+    ({"DATABASE_URL": "sqlite:///foreign"}, "another program"), ({"DATABASE_URL": "sqlite:///short"}, "damaged"), ({"DATABASE_URL": "sqlite:///newer"}, "newer version"),
+    ({"DATABASE_URL": "sqlite:///none", "READ_ONLY": "true"}, "cannot be opened")])
+def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, settings, words):
+    (tmp_path / "text").write_text("no database " * 100)
+    db.Store(tmp_path / "db.sqlite3").close()
+    (tmp_path / "short").write_bytes((tmp_path / "db.sqlite3").read_bytes()[:5000])
+    for name, statement in ("foreign", "CREATE TABLE x (y)"), ("newer", "PRAGMA user_version = 99"):
+        with sqlite3.connect(tmp_path / name) as con:
+            con.execute(statement)
+            con.execute("PRAGMA journal_mode = WAL")
+        con.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ended = Server(tmp_path, **settings).run()
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert re.fullmatch(r"shop: [^\n]+\.\n", ended.stderr) and words in ended.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_port_in_use_ends_the_start_with_one_line(server, tmp_path):
+    ended = Server(tmp_path, PORT=str(server.port)).run()
+    assert ended.returncode == 2 and re.fullmatch(r"shop: cannot listen [^\n]+ in use\.\n", ended.stderr)
+
+
+def test_a_second_start_changes_nothing(tmp_path):
+    (tmp_path / ".env").write_text("# mine\nDATABASE_URL='sqlite:///mine.sqlite3'\n\nACCESS_LOG = false\n")
+    first = Server(tmp_path)
+    first.settings = {name: os.environ[name] for name in ("PATH",)}
+    env = first.environment()
+    env.pop("DATABASE_URL")
+    contents = []
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, HERE / "shop.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        assert "/mine.sqlite3" in process.stdout.readline()
+        process.terminate()  # at once: the handlers stand before the line is printed
+        process.communicate()
+        assert process.returncode == 0
+        contents.append((tmp_path / "mine.sqlite3").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_the_environment_outranks_the_file_env_and_one_that_cannot_be_read_ends_the_start(tmp_path):
+    (tmp_path / ".env").write_text("READ_ONLY=nonsense\nDEBUG=false # as ever\nPORT=1\n")
+    server = Server(tmp_path, READ_ONLY="false").start()
+    assert server("GET", "/healthz")[1] == {"status": "ok"} and server.end()[0] == 0
+    for content in b"\xff", None:
+        (tmp_path / ".env").unlink()
+        (tmp_path / ".env").write_bytes(content) if content else (tmp_path / ".env").mkdir()
+        for command in [], ["check"], ["backup", "x"]:
+            ended = Server(tmp_path).run(*command)
+            assert ended.returncode in (1, 2) and re.fullmatch(r"shop: The file \.env [^\n]+\n", ended.stderr)
+        (tmp_path / ".env").rmdir() if not content else None
+
+
+def test_an_app_made_without_a_url_takes_the_settings_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///mine.sqlite3")
+    monkeypatch.setenv("ADMIN_TOKEN", "theirs")
+    for token, app in ("theirs", shop_module.create_app()), ("mine", shop_module.create_app(admin_token="mine")):
+        shop = Client(app)
+        assert shop("GET", "/orders/").status_int == 401
+        assert shop("GET", "/orders/", None, {"Authorization": f"Bearer {token}"}).status_int == 200
+        app.store.close()
+    assert (tmp_path / "mine.sqlite3").exists()
+
+
+def test_the_shop_runs_under_a_server_with_threads(tmp_path):
+    server = Server(tmp_path)
+    process = subprocess.Popen([sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--threads=8", "--call", "shop:create_app"],
+                               cwd=tmp_path, env=server.environment() | {"PYTHONPATH": str(HERE)}, text=True, stderr=subprocess.PIPE)
+    server.port = int(re.search(r":(\d+)$", process.stderr.readline())[1])
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 20})
+    answers = at_once(32, lambda n: server.order()[0])
+    process.terminate()
+    process.communicate()
+    assert (answers.count(201), answers.count(409)) == (20, 12)
+
+
+@pytest.mark.parametrize("litestream, pages", [(False, 4000), (True, 50_000)])
+def test_every_commit_is_flushed_and_one_connection_checkpoints(url, litestream, pages):
+    store = shop_module.open_shop(shop_module.Settings(url[10:], litestream=litestream)).store
+    store.list_orders()
+
+    def pragma(connection, name):
+        return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+    assert [pragma(store._writer, name) for name in ("journal_mode", "synchronous", "foreign_keys", "wal_autocheckpoint")] == [
+        "wal", 2, 1, pages]
+    assert pragma(store._kept.reader, "query_only") == 1 and pragma(store._kept.reader, "busy_timeout") == 1000
+    store.close()
+
+
+def test_all_writes_of_a_turn_share_one_commit(tmp_path):
+    server = Server(tmp_path, DEBUG="true").start()
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 9})
+    other = sqlite3.connect(tmp_path / "db.sqlite3", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    before = server.tracebacks().count("COMMIT")
+    body = b'{"products": [{"product_id": 1, "quantity": 2}]}'
+    order = b"POST /orders/ HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    waiting = [server.connect() for _ in range(6)]
+    for connection in waiting:
+        connection.sendall(order)
+    server("GET", "/healthz")  # by now they have all been read, and wait for the lock
+    other.execute("ROLLBACK")
+    other.close()
+    answers = [read_answers(connection)[0][0] for connection in waiting]
+    [connection.close() for connection in waiting]
+    assert sorted(answers) == [201] * 4 + [409] * 2 and server.tracebacks().count("COMMIT") == before + 1
+    assert server.end()[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ backup and check
+
+def test_a_backup_under_load_is_one_consistent_state(server, tmp_path):
+    for _ in range(3):
+        server("POST", "/products/", {"name": "x", "price": 1.5, "stock": 10 ** 6})
+    stop = threading.Event()
+
+    def buy(n):
+        while not stop.is_set():
+            server("POST", "/orders/", {"products": [{"product_id": 1, "quantity": 1}, {"product_id": 2, "quantity": 2}]})
+
+    threads = [threading.Thread(target=buy, args=(n,)) for n in range(4)]
+    [thread.start() for thread in threads]
+    for number in range(3):
+        made = server.run("backup", f"copy{number}")
+        assert made.returncode == 0, made.stderr
+        copy = db.Store(tmp_path / f"copy{number}")
+        orders = copy.list_orders(limit=10 ** 6)[0]
+        assert [copy.read_product(id)["stock"] for id in (1, 2, 3)] == [10 ** 6 - len(orders), 10 ** 6 - 2 * len(orders), 10 ** 6]
+        copy.close()
+        size = (tmp_path / f"copy{number}").stat().st_size
+        assert made.stdout == f"copy{number}: 3 products, {len(orders)} orders, {size} bytes\n"
+        assert server.run("check", f"copy{number}").stdout == f"copy{number}: sound\n"
+    stop.set()
+    [thread.join() for thread in threads]
+
+
+def test_a_backup_refuses_a_bad_target_and_leaves_it(server, tmp_path):
+    server("POST", "/products/", {"name": "x", "price": 1})
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "used-wal").write_text("")
+    for target, more in [("mine", []), ("db.sqlite3-wal", ["--overwrite"]), ("used", []), ("db.sqlite3", []), ("db.sqlite3", ["--overwrite"]), ("none/such", []), (".", ["--overwrite"])]:
+        ended = server.run("backup", target, *more)
+        assert ended.returncode == 1 and re.fullmatch(r"shop: [^\n]+\n", ended.stderr), ended
+    assert (tmp_path / "mine").read_text() == "mine" and server("GET", "/products/1/")[0] == 200
+    assert server.run("backup", "mine", "--overwrite").returncode == 0
+    assert not list(tmp_path.glob("*partial*")) and server.run("check", "mine").returncode == 0
+
+
+@pytest.mark.parametrize("statement, words", [
+    ("UPDATE orders SET total = total + 1", "Order 1 has a total of 1000 cents, but 1 lines that make 999."),
+    ("DELETE FROM order_line", "Order 1 has a total"),
+    ("PRAGMA ignore_check_constraints = ON; UPDATE product SET stock = -1", "CHECK constraint failed in product"),
+    ("PRAGMA foreign_keys = OFF; DELETE FROM orders", "A row of order_line refers to one of orders that is missing.")])
+def test_check_finds_a_planted_fault(shop, mug, url, tmp_path, statement, words):
+    shop.order((1, 1))
+    assert Server(tmp_path).run("check").stdout == "db.sqlite3: sound\n"
+    with sqlite3.connect(url[10:]) as con:
+        con.executescript(statement)
+    con.close()
+    ended = Server(tmp_path).run("check")
+    assert ended.returncode == 1 and words in ended.stdout
+
+
+def test_check_finds_a_damaged_page(shop, tmp_path, url):
+    for number in range(100):
+        shop.product(description="y" * 1000)
+    shop.app.app.store.close()
+    with open(url[10:], "r+b") as file:
+        file.seek(10 * 4096)
+        file.write(os.urandom(4096))
+    ended = Server(tmp_path).run("check", "db.sqlite3")
+    assert ended.returncode == 1 and ended.stdout.count("\n") and "Traceback" not in ended.stderr
+
+
+def test_help_tells_every_command_and_every_setting(tmp_path):
+    told = Server(tmp_path).run("--help")
+    assert told.returncode == 0
+    for word in "backup FILE", "check [FILE]", *(name.upper() for name in shop_module.Settings._fields if name != "database"):
+        assert word in told.stdout
+    for wrong in ["bakcup"], ["backup"], ["check", "a", "b"], ["backup", "--force", "x"], ["check", "-x"], ["--nonsense"]:
+        ended = Server(tmp_path).run(*wrong)
+        assert ended.returncode == 2 and ended.stderr == told.stdout
+
+
+def test_a_read_only_shop_serves_every_get_and_refuses_every_write(server, tmp_path):
+    server("POST", "/products/", {"name": "x", "price": 1, "stock": 9})
+    copy = Server(tmp_path, READ_ONLY="true").start()
+    assert copy("GET", "/healthz")[1] == {"status": "ok", "read_only": True}
+    for _ in range(5):
+        server.order()
+        for path in "/products/", "/products/1/", "/orders/", "/orders/1/":
+            assert copy("GET", path)[1] == server("GET", path)[1]
+    for method, path, body in [("POST", "/orders/", {"products": [{"product_id": 1, "quantity": 1}]}),
+                               ("POST", "/products/", {"name": "x", "price": 1}), ("DELETE", "/products/1/", None),
+                               ("PATCH", "/products/1/", {"price": 2}), ("PATCH", "/orders/1/", {"status": "cancelled"})]:
+        status, problem, headers = copy(method, path, body, **{"Idempotency-Key": "k"})
+        assert status == 503 and headers["Retry-After"] and "read-only copy" in problem["detail"]
+    assert copy.end()[0] == 0 and server("GET", "/products/1/")[1]["stock"] == 4
+
+
+# ------------------------------------------------------------------------------------- what the others are told
+
+def test_waitress_is_still_what_the_loop_leans_on():
+    pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split())
+    assert metadata.version("waitress") == pins["waitress"] == "3.0.2"
+    assert metadata.version("bottle") == pins["bottle"] and set(pins) == {"bottle", "waitress", "pytest", "webtest"}
+    for ours in (shop_module.Channel, shop_module.Server, shop_module.Parser):
+        theirs = ours.__mro__[1]
+        for name, member in vars(ours).items():
+            if inspect.isfunction(member) and hasattr(theirs, name) and name not in ("__init__", "refuse"):
+                assert len(inspect.signature(member).parameters) == len(inspect.signature(getattr(theirs, name)).parameters), name
+    source = inspect.getsource(shop_module.waitress.channel.HTTPChannel.service)
+    for leaned_on in "self.task_class(self, request)", "self.server.add_task(self)", "self.close_when_flushed = True", "self.requests.pop(0)":
+        assert leaned_on in source
