@@ -1439,3 +1439,79 @@ def test_waitress_is_still_what_the_loop_leans_on():
     source = inspect.getsource(shop_module.waitress.channel.HTTPChannel.service)
     for leaned_on in "self.task_class(self, request)", "self.server.add_task(self)", "self.close_when_flushed = True", "self.requests.pop(0)":
         assert leaned_on in source
+
+
+def run_curl(server, command):
+    """What `curl` would print, by way of http.client: -i, -X, -H and -d are all that the README needs."""
+    words, method, headers, body, shows_head = iter(shlex.split(command)[1:]), None, {}, None, False
+    for word in words:
+        match word:
+            case "-i":
+                shows_head = True
+            case "-X":
+                method = next(words)
+            case "-H":
+                name, _, value = next(words).partition(": ")
+                headers[name] = value
+            case "-d":
+                body = next(words)
+                headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+            case _:
+                path = word.removeprefix("localhost:8000")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request(method or ("POST" if body else "GET"), path, body, headers)
+    answer = connection.getresponse()
+    head = [f"HTTP/1.1 {answer.status} {answer.reason}", *(": ".join(pair) for pair in answer.getheaders()), ""]
+    text = "\n".join([*(head if shows_head else []), answer.read().decode()])
+    connection.close()
+    return text
+
+
+def test_every_example_of_the_readme_answers_as_the_readme_says(server):
+    blocks = re.findall(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    examples = [example.partition("\n") for block in blocks for example in block.split("$ ")[1:]]
+    assert len(examples) == 12
+
+    def timeless(text):
+        return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z|Date: .*", "then", text)
+
+    for command, _, output in examples:
+        assert timeless(run_curl(server, command)) == timeless(output)
+
+
+def test_the_readme_tells_every_path_status_and_setting(shop):
+    readme, described = (HERE / "README.md").read_text(), shop("GET", "/openapi.json").json
+    for path, operations in described["paths"].items():
+        for method in operations if path != "/" else ():
+            assert f"`{method.upper()} {path.replace('{id}', '1')}`" in readme
+    for status in described["components"]["responses"]:
+        assert re.search(rf"^\|.*\b{status}\b.*\|", readme, re.M), status
+    for name in "DATABASE_URL", *(name.upper() for name in shop_module.Settings._fields if name != "database"):
+        assert f"`{name}`" in readme and re.search(rf"^#?{name}=", (HERE / ".env.example").read_text(), re.M)
+
+
+def test_the_description_names_every_route_and_refers_to_nothing_that_is_missing(shop):
+    described = shop("GET", "/openapi.json").json
+    assert described["openapi"] == "3.1.0"
+    operations = {(method.upper(), path): operation for path, methods in described["paths"].items()
+                  for method, operation in methods.items()}
+    assert set(operations) == {(route.method, route.path) for route in shop_module.ROUTES}
+    for reference in re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(described)):
+        found = described
+        for step in reference.split("/"):
+            found = found[step]
+    for (method, path), operation in operations.items():
+        names = {parameter["name"] for parameter in operation["parameters"]}
+        assert ("Idempotency-Key" in names) == (method == "POST") and ("id" in names) == ("{id}" in path)
+        assert operation["summary"] and ("401" not in operation["responses"])
+    assert described["components"]["schemas"]["NewProduct"] == json.loads(json.dumps(shop_module.NEW_PRODUCT))
+
+
+def test_the_description_asks_for_the_token_where_the_shop_does(url):
+    app = shop_module.create_app(url, "secret")
+    shop = Client(app)
+    for path, operations in shop("GET", "/openapi.json").json["paths"].items():
+        for method, operation in operations.items():
+            refused = shop(method.upper(), path.replace("{id}", "1")).status_int == 401
+            assert refused == bool(operation["security"]) == ("401" in operation["responses"])
+    app.store.close()
