@@ -1515,3 +1515,26 @@ def test_the_description_asks_for_the_token_where_the_shop_does(url):
             refused = shop(method.upper(), path.replace("{id}", "1")).status_int == 401
             assert refused == bool(operation["security"]) == ("401" in operation["responses"])
     app.store.close()
+
+
+def test_dockerfile_compose_file_and_readme_agree():
+    dockerfile, compose, readme = ((HERE / name).read_text() for name in ("Dockerfile", "docker-compose.yml", "README.md"))
+    web, _, replica = compose.partition("\n  replica:\n")
+    assert re.search(r"^FROM python:3\.14-slim$", dockerfile, re.M) and "USER 10001:10001" in dockerfile
+    assert 'user: "10001:10001"' in replica and "user 10001" in readme
+    assert "VOLUME /data" in dockerfile and "- data:/data" in web and "- data:/data" in replica and "-v shop:/data shop" in readme
+    assert 'EXPOSE 8000' in dockerfile and 'ports: ["8000:8000"]' in web and "-p 8000:8000" in readme
+    for name, value in ("DATABASE_URL", "sqlite:////data/db.sqlite3"), ("HOST", "0.0.0.0"), ("PORT", "8000"):
+        assert re.search(rf"\b{name}={re.escape(value)}\b", dockerfile)
+        assert re.search(rf'^ +{name}: "?{re.escape(value)}"?$', web, re.M)
+        assert shop_module.read_settings({name: value})
+    assert 'CMD ["python", "shop.py"]' in dockerfile and "HEALTHCHECK" in dockerfile and "/healthz" in dockerfile and "/healthz" in web
+    for line in "read_only: true", "cap_drop: [ALL]", '"no-new-privileges:true"', "tmpfs: [/tmp]", "restart: unless-stopped":
+        assert line in web and line in replica
+    assert "profiles: [replica]" in replica and "profiles" not in web and "docker compose --profile replica up -d" in readme
+    assert re.search(r"image: litestream/litestream:0\.5\.\d+$", replica, re.M) and "name: shop" in compose and "shop_data" in readme
+    for name in set(re.findall(r"\$\{(\w+)", compose)):
+        assert f"{name}=" in readme and f"#{name}=" in (HERE / ".env.example").read_text(), name
+    copied = (HERE / ".dockerignore").read_text().split() if (HERE / ".dockerignore").exists() else []
+    for name in re.findall(r"HERE / \"([\w.-]+)\"", Path(__file__).read_text()) if copied else ():
+        assert f"!{name}" in copied or name == ".dockerignore", name
