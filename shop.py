@@ -807,7 +807,7 @@ class Head:
 
     def __init__(self, channel, request):
         super().__init__(channel, request)
-        channel.task = self
+        channel.task, self.asked = self, channel.asked
 
     def build_response_header(self) -> bytes:
         # waitress's own closes the connection after a 204 or 304, for want of a length.
@@ -1075,7 +1075,7 @@ def access_line(stamp: str, channel: Channel) -> str:
     path = "-" if request.error else request.request_uri.partition("?")[0]
     if not (path.isascii() and path.isprintable()):
         path = quote(path, safe=string.punctuation, encoding="latin-1")
-    method, milliseconds = "-" if request.error else request.command, (time.perf_counter() - channel.asked) * 1000
+    method, milliseconds = "-" if request.error else request.command, (time.perf_counter() - task.asked) * 1000
     return (f"{stamp} {channel.addr[0]} {method} {path} {task.status[:3]} {task.content_bytes_written} "
             f"{milliseconds:.1f}\n")
 

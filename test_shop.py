@@ -1195,6 +1195,15 @@ def test_the_access_log_has_one_line_a_request(server):
         assert re.fullmatch(stamp + rest + r" \d+\.\d\n", line), line
 
 
+def test_the_log_tells_how_long_each_request_of_one_packet_took(server, tmp_path):
+    fill(tmp_path, 300)
+    get = b"GET /products/?q=y HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert [answer[0] for answer in server.send(get + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")] == [200, 200]
+    server.end()
+    first, second = (float(line.split()[-1]) for line in server.log[2:])
+    assert first > second and first > 1
+
+
 def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
     server = Server(tmp_path, ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true").start()
     assert server("POST", "/products/", {"name": "x", "price": 1}, Authorization="Bearer s3cret")[0] == 201
