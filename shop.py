@@ -580,6 +580,9 @@ def describe_route(route: Route, secured: bool) -> dict:
 
 # ---------------------------------------------------------------------------------------------- the application
 
+SPELLING = {"Etag": "ETag", "Www-Authenticate": "WWW-Authenticate"}  # where Bottle's differs from everybody's
+
+
 class Shop:
     """The WSGI application. Of Bottle it takes the router and the response, and not the thread-local rest."""
 
@@ -604,8 +607,8 @@ class Shop:
             traceback.print_exc(file=environ["wsgi.errors"])
             made = Problem(500, "The shop made a mistake. It has been logged.")
         body = b"" if made.status_code in (204, 304) else made.body
-        length = [("Content-Length", str(len(body)))] if body else []
-        start_response(made.status_line, made.headerlist + length)
+        headers = [(SPELLING.get(name, name), value) for name, value in made.headerlist]
+        start_response(made.status_line, headers + ([("Content-Length", str(len(body)))] if body else []))
         return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
 
     def respond(self, environ: dict, route: Route, ids: dict) -> bottle.HTTPResponse:

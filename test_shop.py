@@ -370,6 +370,13 @@ def test_head_answers_with_the_headers_of_get(shop, mug):
         assert (head.status, head.headerlist, head.body) == (get.status, get.headerlist, b"")
 
 
+def test_headers_are_spelled_as_everybody_spells_them(url):
+    app = shop_module.create_app(url, "secret")
+    shop = Client(app)
+    assert "ETag" in dict(shop("GET", "/products/").headerlist) and "WWW-Authenticate" in dict(shop("GET", "/orders/").headerlist)
+    app.store.close()
+
+
 def test_the_index_names_paths_that_exist_and_health_is_ok(shop):
     index = shop("GET", "/").json
     assert set(index.values()) == {"/products/", "/orders/", "/healthz", "/openapi.json"}
