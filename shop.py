@@ -229,7 +229,7 @@ CHANGED = "It is not what If-Match names: read it again, then decide again."
 # What db.py raises, and how it is told.
 FAILURES = {
     db.NotFound: lambda failure: Problem(404, str(failure)),
-    db.ContentChanged: lambda failure: Problem(412, str(failure)),
+    db.ContentChanged: lambda failure: Problem(412, CHANGED),
     db.InsufficientStock: lambda failure: Problem(409, str(failure), "insufficient-stock", shortages=failure.shortages),
     db.InvalidTransition: lambda failure: Problem(409, str(failure), "invalid-transition"),
     db.KeyReused: lambda failure: Problem(

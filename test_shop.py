@@ -51,6 +51,7 @@ class Client:
         if answer.status_int >= 400 and method != "HEAD":
             assert answer.content_type == "application/problem+json", answer
             assert answer.json["status"] == answer.status_int and answer.json.keys() >= {"type", "title", "detail"}
+            assert all(answer.json[field] for field in ("type", "title", "detail")), answer
         self.compare(method, path, answer)
         return answer
 
