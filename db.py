@@ -703,11 +703,10 @@ def back_up(path, target, *, overwrite: bool = False, progress=None) -> dict:
         directory = os.open(target.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
-    except (OSError, sqlite3.Error, Unavailable) as error:
+    except (OSError, sqlite3.Error) as error:
         raise Unusable(f"{target} cannot be made: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
-        source.close()
     return {"products": products, "orders": orders, "bytes": size}
 
 

@@ -225,6 +225,14 @@ def parameter(place: tuple) -> dict:
     return {"parameter": place[0]}
 
 
+def too_large() -> Problem:
+    return Problem(413, f"The body may have {MAX_BODY} bytes.")
+
+
+def unavailable(detail) -> Problem:
+    return Problem(503, str(detail), headers={"Retry-After": RETRY_AFTER})
+
+
 CHANGED = "It is not what If-Match names: read it again, then decide again."
 # What db.py raises, and how it is told.
 FAILURES = {
@@ -238,8 +246,8 @@ FAILURES = {
     db.UnknownProducts: lambda failure: invalid(
         [(("products", line), f"names product {number}, which does not exist")
          for line, number in failure.lines.items()], pointer),
-    db.Busy: lambda failure: Problem(503, str(failure), headers={"Retry-After": RETRY_AFTER}),
-    db.Unavailable: lambda failure: Problem(503, str(failure), headers={"Retry-After": RETRY_AFTER}),
+    db.Busy: unavailable,
+    db.Unavailable: unavailable,
 }
 
 
@@ -329,7 +337,7 @@ def read_body(environ: dict, media: tuple) -> bytes:
     terminated = environ.get("wsgi.input_terminated") and "CONTENT_LENGTH" not in environ
     raw = environ["wsgi.input"].read(MAX_BODY + 1 if terminated else min(int(length), MAX_BODY + 1))
     if len(raw) > MAX_BODY:
-        raise Problem(413, f"The body may have {MAX_BODY} bytes.")
+        raise too_large()
     return raw
 
 
@@ -368,6 +376,14 @@ def show_order(order: dict) -> dict:
     return {"id": order["id"], "status": order["status"], "total_price": order["total"] / 100,
             "created_at": order["created_at"],
             "products": [{**line, "price": line["price"] / 100} for line in order["lines"]]}
+
+
+def answer_product(product: dict) -> bottle.HTTPResponse:
+    return answer(show_product(product), tag=db.fingerprint(*product.values()))
+
+
+def answer_order(order: dict) -> bottle.HTTPResponse:
+    return answer(show_order(order), tag=db.fingerprint(order["id"], order["status"]))
 
 
 def show_page(ask: Ask, path: str, name: str, items: str, following: int | None) -> bottle.HTTPResponse:
@@ -409,14 +425,12 @@ def add_product(store: db.Store, ask: Ask):
 
 def read_product(store: db.Store, ask: Ask, id: int):
     """One product."""
-    product = store.read_product(id)
-    return answer(show_product(product), tag=db.fingerprint(*product.values()))
+    return answer_product(store.read_product(id))
 
 
 def change_product(store: db.Store, ask: Ask, id: int):
     """Change what is given of a product."""
-    product = store.change_product(id, seen=ask.seen, **ask.body)
-    return answer(show_product(product), tag=db.fingerprint(*product.values()))
+    return answer_product(store.change_product(id, seen=ask.seen, **ask.body))
 
 
 def change_stock(store: db.Store, ask: Ask, id: int):
@@ -444,14 +458,12 @@ def place_order(store: db.Store, ask: Ask):
 
 def read_order(store: db.Store, ask: Ask, id: int):
     """One order."""
-    order = store.read_order(id)
-    return answer(show_order(order), tag=db.fingerprint(order["id"], order["status"]))
+    return answer_order(store.read_order(id))
 
 
 def change_order(store: db.Store, ask: Ask, id: int):
     """Complete a pending order, or cancel it and put its stock back."""
-    order = store.change_order(id, ask.body["status"], seen=ask.seen)
-    return answer(show_order(order), tag=db.fingerprint(order["id"], order["status"]))
+    return answer_order(store.change_order(id, ask.body["status"], seen=ask.seen))
 
 
 JSON, MERGE_PATCH = ("application/json",), ("application/json", "application/merge-patch+json")
@@ -684,13 +696,15 @@ class Unsuitable(Exception):
 
 def read_settings(environ: dict) -> Settings:
     """The settings that an environment gives. Raises Unsuitable for what cannot be used."""
-    def flag(name, default):
-        text = (environ.get(name) or default).lower()
+    unset = Settings()
+
+    def flag(name):
+        text = (environ.get(name) or str(getattr(unset, name.lower()))).lower()
         if text not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
             raise Unsuitable(f"{name} must be true or false, not {text!r}.")
         return text in ("true", "1", "yes", "on")
 
-    url, port = environ.get("DATABASE_URL") or "sqlite:///db.sqlite3", environ.get("PORT") or "8000"
+    url, port = environ.get("DATABASE_URL") or f"sqlite:///{unset.database}", environ.get("PORT") or str(unset.port)
     token = environ.get("ADMIN_TOKEN") or None
     if not url.startswith("sqlite:///") or url[10:] in ("", "/", ":memory:") or "\0" in url:
         raise Unsuitable(f"DATABASE_URL must be sqlite:///FILE, or sqlite:////FILE for an absolute path, not {url!r}.")
@@ -698,8 +712,8 @@ def read_settings(environ: dict) -> Settings:
         raise Unsuitable(f"PORT must be a number up to 65535, not {port!r}.")
     if token and not re.fullmatch(r"[!-~]+", token):
         raise Unsuitable("ADMIN_TOKEN must be visible ASCII characters without blanks.")
-    return Settings(url[10:], token, environ.get("HOST") or "127.0.0.1", int(port), flag("DEBUG", "false"),
-                    flag("ACCESS_LOG", "true"), flag("READ_ONLY", "false"), flag("LITESTREAM", "false"))
+    return Settings(url[10:], token, environ.get("HOST") or unset.host, int(port), flag("DEBUG"), flag("ACCESS_LOG"),
+                    flag("READ_ONLY"), flag("LITESTREAM"))
 
 
 def environment() -> dict:
@@ -769,7 +783,7 @@ class Parser(waitress.parser.HTTPRequestParser):
         elif self.chunked:
             framing = self.body_rcv.control_line
             if len(self.body_rcv) > MAX_BODY:
-                self.refuse(Problem(413, f"The body may have {MAX_BODY} bytes."))
+                self.refuse(too_large())
             elif b"\n" in framing or len(framing) > 1024 or len(self.body_rcv.trailer) > MAX_HEADER:
                 self.refuse(Problem(400, "The chunks of the body cannot be read."))
         if self.completed:  # waitress would ask for a body that is not to come, and wait for it
@@ -800,7 +814,7 @@ class Parser(waitress.parser.HTTPRequestParser):
         if "," in self.headers.get("HOST", ""):
             raise ParsingError("There must be one Host.")
         if self.content_length > MAX_BODY:
-            raise ParsingError(Problem(413, f"The body may have {MAX_BODY} bytes."))
+            raise ParsingError(too_large())
         if self.version == "1.1" and self.headers.get("EXPECT", "100-continue").lower() != "100-continue":
             raise ParsingError(Problem(417, "The only expectation that can be met is 100-continue."))
 
@@ -884,12 +898,12 @@ class Channel(waitress.channel.HTTPChannel):
             part = self.socket.recv(self.adj.recv_bytes)
         except OSError:
             return self.handle_close()
-        if part and self.lingering:
-            return
+        if self.lingering:
+            return None if part else self.handle_close()
         if part:
             self.last_activity = time.time()
             self.received(part)
-        elif self.request and not self.lingering:
+        elif self.request:
             self.refuse(Problem(400, "The request ended before it was complete."))
         else:
             self.handle_close()
@@ -1016,7 +1030,7 @@ class Loop:
             except db.Unavailable as failure:
                 for channel in writers:
                     if channel.connected:
-                        channel.retract(FAILURES[type(failure)](failure))
+                        channel.retract(unavailable(failure))
         for channel in channels:
             if channel.connected:
                 channel.handle_write()
@@ -1046,7 +1060,7 @@ class Loop:
         channels = [channel for channel in self.map.values() if isinstance(channel, Channel)]
         for channel in channels:
             if channel.request and not channel.requests and late > 1:
-                channel.refuse(Problem(503, "The shop closes: send it again.", headers={"Retry-After": RETRY_AFTER}))
+                channel.refuse(unavailable("The shop closes: send it again."))
             idle = not (channel.out or channel.requests or channel.request)
             if late > (1 if idle else 4.5):
                 channel.handle_close()
