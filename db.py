@@ -1,15 +1,15 @@
-"""The shop's Store: connections, transactions and every SQL statement.
+"""The Store: connections, transactions and every SQL statement of the shop.
 
-What a request is, and how an answer looks, is left to shop.py; what must never be true, to schema.sql. Money is
-whole cents in every argument and result, a time is UTC as in 2026-11-22T10:15:30Z. A Store may be used by many
-threads: each has a reading connection of its own, and all share one that writes.
+What a request or a response is, shop.py knows; what must never be true, schema.sql refuses.
+Money is whole cents in every argument and result, stock is in pieces, a time is UTC as in
+2026-11-22T10:15:30Z. Many threads may share a Store: each has a connection of its own to read
+with, and all share the one that writes.
 
     store = Store("db.sqlite3")
-    mug = store.add_product(name="Mug", price=999, stock=5)
-    store.place_order([{"product_id": mug["id"], "quantity": 2}])
+    mug = store.create_product(name="Mug", price=999, stock=5)
+    store.create_order([{"product_id": mug["id"], "quantity": 2}])
 """
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -17,720 +17,900 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 1
-APPLICATION_ID = 1397247824
-MAX_STOCK = 1_000_000_000
-KEY_LIFE = 24 * 3600  # seconds
-KEPT_BYTES = 32 << 20  # of rendered answers, a thread
+APPLICATION_ID = 1397247824  # "SHOP" in ASCII
+MAX_STOCK = 1_000_000_000  # pieces
+KEY_TTL = 24 * 3600  # seconds
 
 
-# --------------------------------------------------------------------------------------------------- failures
+# ------------------------------------------------------------------------------------ exceptions
+
 
 class NotFound(Exception):
-    """There is no such product or order."""
+    """No such product or order."""
 
-    def __init__(self, kind: str, number: int):
-        super().__init__(f"There is no {kind} {number}.")
+    def __init__(self, kind: str, row_id: int):
+        super().__init__(f"There is no {kind} {row_id}.")
 
 
 class UnknownProducts(Exception):
-    """Lines of an order name products that do not exist; `lines` maps their positions to the ids."""
+    """Lines of an order name products that do not exist; `lines` maps their positions to ids."""
 
     def __init__(self, lines: dict[int, int]):
-        super().__init__(f"Products that do not exist: {', '.join(map(str, lines.values()))}.")
+        super().__init__(f"There are no products {', '.join(map(str, lines.values()))}.")
         self.lines = lines
 
 
 class InsufficientStock(Exception):
-    """`shortages` says of every short line what was requested and what is available, in pieces."""
+    """`shortages` has product_id, requested and available of every line, in pieces."""
 
     def __init__(self, shortages: list[dict]):
-        super().__init__(" ".join(f"Product {short['product_id']} has {short['available']} left, "
-                                  f"{short['requested']} were asked for." for short in shortages))
+        super().__init__(" ".join(map(self.describe, shortages)))
         self.shortages = shortages
+
+    @staticmethod
+    def describe(shortage: dict) -> str:
+        return (
+            f"Product {shortage['product_id']} has {shortage['available']} left, "
+            f"{shortage['requested']} were asked for."
+        )
 
 
 class ExcessiveStock(Exception):
-    """A delivery would lift a product's stock over MAX_STOCK."""
+    """A change would lift a product's stock over MAX_STOCK."""
 
     def __init__(self, stock: int):
-        super().__init__(f"must be at most {MAX_STOCK - stock}, for the stock to stay within {MAX_STOCK}")
+        super().__init__(
+            f"must be at most {MAX_STOCK - stock}, to keep the stock within {MAX_STOCK}"
+        )
 
 
 class InvalidTransition(Exception):
     """An order that is no longer pending keeps its status."""
 
-    def __init__(self, order_id: int, status: str, wanted: str):
-        super().__init__(f"Order {order_id} is {status} and cannot become {wanted}: only a pending order changes.")
+    def __init__(self, order_id: int, status: str, requested: str):
+        super().__init__(
+            f"Order {order_id} is {status} and cannot become {requested}: "
+            f"only a pending order changes."
+        )
 
 
-class ContentChanged(Exception):
-    """The row is no longer the one whose fingerprint the caller has seen."""
+class PreconditionFailed(Exception):
+    """The row is not in the state that the caller requires."""
 
 
-class KeyReused(Exception):
+class IdempotencyKeyReused(Exception):
     """The idempotency key belongs to another request."""
 
 
-class Unavailable(Exception):
+class DatabaseUnavailable(Exception):
     """The database cannot do this now, and nothing was changed."""
 
 
-class Busy(Unavailable):
-    """Somebody else holds the write lock."""
+class DatabaseBusy(DatabaseUnavailable):
+    """Another connection holds the write lock."""
 
 
-class Unusable(Exception):
+class DatabaseError(Exception):
     """The file cannot serve as the shop's database, and was left as it is."""
 
 
-REASONS = {
-    sqlite3.SQLITE_BUSY: "The database is busy.",
-    sqlite3.SQLITE_LOCKED: "The database is busy.",
-    sqlite3.SQLITE_NOMEM: "The database is out of memory.",
-    sqlite3.SQLITE_READONLY: "The database cannot be written.",
-    sqlite3.SQLITE_IOERR: "The disk does not read or write.",
+BUSY_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+UNAVAILABLE_CODES = {
+    sqlite3.SQLITE_NOMEM: "SQLite is out of memory.",
+    sqlite3.SQLITE_READONLY: "The database is read-only.",
+    sqlite3.SQLITE_IOERR: "The disk cannot be read or written.",
     sqlite3.SQLITE_FULL: "The disk is full.",
     sqlite3.SQLITE_CANTOPEN: "The database cannot be opened.",
-    sqlite3.SQLITE_PROTOCOL: "The database is busy.",
     sqlite3.SQLITE_CORRUPT: "The database is damaged.",
-    sqlite3.SQLITE_NOTADB: "The database is damaged.",
+    sqlite3.SQLITE_NOTADB: "The file is not a database.",
 }
 
 
-def explain(error: BaseException) -> BaseException:
-    """The failure to raise for an error: Busy or Unavailable where SQLite means that, else the error itself."""
-    reason = REASONS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return (Busy if reason == REASONS[sqlite3.SQLITE_BUSY] else Unavailable)(reason) if reason else error
+def translate_error(error: sqlite3.Error) -> Exception:
+    """The exception to raise for an error of SQLite's: itself where a statement of ours is to
+    blame.
+    """
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
+    if code in BUSY_CODES:
+        return DatabaseBusy("The database is busy.")
+    if code in UNAVAILABLE_CODES:
+        return DatabaseUnavailable(UNAVAILABLE_CODES[code])
+    return error
 
 
-def as_unavailable(error: BaseException) -> BaseException:
-    """The same where no statement of ours can be to blame: whatever ails SQLite or its file, it is unavailable."""
-    failure = explain(error)
-    return Unavailable("The database cannot be used.") if isinstance(failure, (sqlite3.Error, Unusable)) else failure
-
-
-def fingerprint(*columns) -> str:
-    """A short text that two rows share only if their columns are equal."""
-    return hashlib.blake2b(repr(columns).encode(), digest_size=12).hexdigest()
-
-
-def timestamp(seconds_ago: int = 0) -> str:
-    """The time so many seconds ago, in UTC."""
+def timestamp(seconds_ago: float = 0) -> str:
+    """The UTC time so many seconds ago."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
 
 
-# ------------------------------------------------------------------------------------------------------ Store
-
-class Queue:
-    """A lock that threads get in the order in which they came: SQLite's own busy handler polls, and is unfair."""
-
-    def __init__(self):
-        self.tickets, self.mutex = collections.deque(), threading.Lock()
-
-    def enter(self, seconds: float) -> bool:
-        """Wait for this thread's turn; False when it has not come by then."""
-        ticket = threading.Lock()
-        ticket.acquire()
-        with self.mutex:
-            self.tickets.append(ticket)
-            if self.tickets[0] is ticket:
-                return True
-        if ticket.acquire(timeout=seconds):
-            return True
-        with self.mutex:
-            if self.tickets[0] is ticket:  # it came at the last moment
-                return True
-            self.tickets.remove(ticket)
-        return False
-
-    def leave(self) -> None:
-        with self.mutex:
-            self.tickets.popleft()
-            if self.tickets:
-                self.tickets[0].release()
+def etag(row: dict | sqlite3.Row) -> str:
+    """A short text that two rows of a table share only if all their columns are equal."""
+    return hashlib.blake2b(repr(tuple(dict(row).values())).encode(), digest_size=12).hexdigest()
 
 
-class Kept(threading.local):
-    """What a thread keeps: its reading connection, and what was rendered at which version of the data."""
+# A caller's condition on the etag() of the row that it is about to change.
+Precondition = Callable[[str], bool] | None
 
-    reader, version, rendered, size = None, None, None, 0
+
+def check_precondition(row: dict, if_match: Precondition) -> None:
+    """Raise PreconditionFailed where the row is not as the caller requires."""
+    if if_match is not None and not if_match(etag(row)):
+        raise PreconditionFailed
+
+
+# ----------------------------------------------------------------------------------------- Store
 
 
 class Store:
     """Products, orders and idempotency keys in one SQLite file.
 
-    path: the file, made where it is missing. wait: the seconds that a write waits for the lock before Busy.
-    read_only: open a copy that another process renews; every write is then Unavailable. autocheckpoint: False
-    leaves the checkpoints to Litestream. trace: called with the text of every statement.
-    Raises Unusable for a file that is no database, not the shop's, made by a newer shop, or not writable. A file
-    that is merely locked is no failure: the Store gets ready with the first call that finds it free.
+    path: the file; it is made where there is none. lock_timeout: seconds that a write waits for
+    the lock. read_only: open a copy that another process renews; no write is possible then.
+    autocheckpoint: False leaves checkpoints to Litestream. trace: called with the text of every
+    statement.
+
+    Raises DatabaseError for a file that is no database, not the shop's, made by a newer shop or
+    not writable. A file that is merely locked is no error: the Store opens it with the first
+    call that finds it free.
     """
 
-    def __init__(self, path, *, wait: float = 5.0, read_only: bool = False, autocheckpoint: bool = True, trace=None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        lock_timeout: float = 5.0,
+        read_only: bool = False,
+        autocheckpoint: bool = True,
+        trace: Callable[[str], object] | None = None,
+    ):
         if sqlite3.sqlite_version_info < (3, 37):
-            raise Unusable(f"SQLite {sqlite3.sqlite_version} is too old: the shop needs 3.37 or later.")
-        self.path, self.wait, self.read_only = Path(path).absolute(), wait, read_only
+            raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed.")
+        self.path = Path(path).absolute()
+        self.lock_timeout = lock_timeout
+        self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
-        self._autocheckpoint, self._trace = autocheckpoint, trace
-        self._writer, self._writing_thread, self._queue = None, None, Queue()
-        self._kept = Kept()
+        self._autocheckpoint = autocheckpoint
+        self._trace = trace
+        self._writer: Any = None  # a sqlite3.Connection, once open
+        self._writer_lock = threading.Lock()
+        self._writer_thread: int | None = None  # that is inside a transaction
+        self._local = threading.local()  # .reader: a thread's own connection to read with
         try:
             if read_only:
-                self._check_origin()
+                self._check_application_id()
             else:
-                self._prepare()
-        except Busy:
+                self._open_writer()
+        except DatabaseBusy:
             pass
-        except (Unavailable, OSError) as error:
-            raise Unusable(f"{self.path}: {error}") from error
+        except (DatabaseUnavailable, OSError) as error:
+            raise DatabaseError(f"{self.path}: {error}") from error
 
     def close(self) -> None:
-        """Close the connections, the writing one last: it folds the WAL into the file.
+        """Close this thread's connection and, last, the one that writes: it folds the WAL into
+        the file.
 
-        What other threads read with is closed when they end.
+        Other threads' connections are closed when they end.
         """
-        for connection in self._kept.reader, self._writer:
+        for connection in getattr(self._local, "reader", None), self._writer:
             if connection:
                 connection.close()
 
-    def _open(self, mode: str, wait: float = 1.0) -> sqlite3.Connection:
-        connection = sqlite3.connect(f"{self.path.as_uri()}?{mode}", uri=True, timeout=wait, isolation_level=None,
-                                     check_same_thread=False)
+    # --- connections
+
+    def _connect(self, mode: str, timeout: float = 1.0) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?{mode}",
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         connection.row_factory = sqlite3.Row
         connection.set_trace_callback(self._trace)
         connection.create_function("casefold", 1, str.casefold, deterministic=True)
-        connection.create_function("fingerprint", -1, fingerprint, deterministic=True)
         return connection
 
-    def _check_origin(self) -> None:
-        """Raise Unusable unless the file is new or ours. Nothing is written to it, nor beside it."""
-        if not self.read_only and (not self.path.is_file() or not self.path.stat().st_size):
+    def _check_application_id(self) -> None:
+        """Raise DatabaseError unless the file is new or ours. Nothing is written to it, nor
+        beside it.
+        """
+        is_new = not self.path.is_file() or self.path.stat().st_size == 0
+        if is_new and not self.read_only:
             return
         # Without a WAL the file alone tells all, and immutable=1 makes no -wal and -shm.
         mode = "mode=ro" if self._wal.exists() else "mode=ro&immutable=1"
         try:
-            with contextlib.closing(self._open(mode, self.wait)) as connection:
-                found = connection.execute("""
+            with contextlib.closing(self._connect(mode, self.lock_timeout)) as connection:
+                header = connection.execute("""
                     SELECT (SELECT user_version FROM pragma_user_version) AS version,
-                           (SELECT application_id FROM pragma_application_id) AS origin,
+                           (SELECT application_id FROM pragma_application_id) AS application_id,
                            (SELECT count(*)
                               FROM sqlite_schema
-                             WHERE name NOT LIKE '@_litestream%' ESCAPE '@') AS things
+                             WHERE name NOT LIKE '@_litestream%' ESCAPE '@') AS tables
                 """).fetchone()
-        except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_NOTADB:
-                raise Unusable(f"{self.path} is not a database.") from error
-            raise explain(error) from error
-        if found["version"] > SCHEMA_VERSION:
-            raise Unusable(f"{self.path} was made by a newer version of the shop: it has schema "
-                           f"{found['version']}, this one knows {SCHEMA_VERSION}.")
-        if found["origin"] != APPLICATION_ID and (found["version"] or found["things"] or self.read_only):
-            raise Unusable(f"{self.path} is the database of another program.")
-
-    def _prepare(self) -> None:
-        """Open the writing connection, and make the tables in a new file."""
-        self._check_origin()
-        try:
-            writer = self._open("mode=rwc", self.wait)
         except sqlite3.Error as error:
-            raise explain(error) from error
+            raise translate_error(error) from error
+        if header["version"] > SCHEMA_VERSION:
+            raise DatabaseError(
+                f"{self.path} was made by a newer version of the shop: it has schema "
+                f"{header['version']}, this one knows {SCHEMA_VERSION}."
+            )
+        is_empty = not header["version"] and not header["tables"]
+        if header["application_id"] != APPLICATION_ID and (self.read_only or not is_empty):
+            raise DatabaseError(f"{self.path} is the database of another program.")
+
+    def _open_writer(self) -> None:
+        """Open the connection that writes, and make the tables in a new file."""
+        self._check_application_id()
         try:
-            if writer.execute("PRAGMA journal_mode = WAL").fetchone()["journal_mode"] != "wal":
-                raise Unusable(f"{self.path}: its file system does not carry a write-ahead log.")
-            writer.execute("PRAGMA synchronous = FULL")
-            writer.execute("PRAGMA foreign_keys = ON")
-            # 16 MiB of WAL rather than 4: the pages that many orders touch are then written back once. Litestream
-            # checkpoints by itself, long before 200 MiB, which bound the WAL where it does not run.
-            writer.execute("PRAGMA wal_autocheckpoint = 4000" if self._autocheckpoint else
-                           "PRAGMA wal_autocheckpoint = 50000")
-            # That it can be written is to show here, not with the first order. BEGIN IMMEDIATE alone does not tell:
-            # on a file that cannot be written SQLite quietly makes a read transaction of it.
-            writer.execute("BEGIN IMMEDIATE")
-            version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
-            writer.execute("PRAGMA application_id = 1397247824")
-            writer.execute("ROLLBACK")
-            if version < SCHEMA_VERSION:
+            writer = self._connect("mode=rwc", self.lock_timeout)
+        except sqlite3.Error as error:
+            raise translate_error(error) from error
+        try:
+            self._configure_writer(writer)
+            if self._check_writable(writer) < SCHEMA_VERSION:
                 writer.executescript(SCHEMA.read_text())
-        except BaseException as error:
+        except sqlite3.Error as error:
             writer.close()
-            raise explain(error)
+            raise translate_error(error) from error
+        except BaseException:
+            writer.close()
+            raise
         self._writer = writer
 
+    def _configure_writer(self, writer: sqlite3.Connection) -> None:
+        if writer.execute("PRAGMA journal_mode = WAL").fetchone()["journal_mode"] != "wal":
+            raise DatabaseError(f"{self.path}: its file system cannot carry a write-ahead log.")
+        writer.execute("PRAGMA synchronous = FULL")
+        writer.execute("PRAGMA foreign_keys = ON")
+        # 16 MiB of WAL instead of 4: pages that many orders touch are then written back once.
+        # Litestream checkpoints by itself, long before 200 MiB, which bound the WAL without it.
+        if self._autocheckpoint:
+            writer.execute("PRAGMA wal_autocheckpoint = 4000")
+        else:
+            writer.execute("PRAGMA wal_autocheckpoint = 50000")
+
+    @staticmethod
+    def _check_writable(writer: sqlite3.Connection) -> int:
+        """The file's schema version. Raises sqlite3.Error now, rather than with the first order.
+
+        BEGIN IMMEDIATE alone does not tell: on a file that cannot be written, SQLite quietly
+        makes it a read transaction.
+        """
+        writer.execute("BEGIN IMMEDIATE")
+        version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
+        writer.execute("PRAGMA application_id = 1397247824")
+        writer.execute("ROLLBACK")
+        return version
+
     def _reader(self) -> sqlite3.Connection:
-        """This thread's reading connection."""
-        if self._kept.reader is None:
+        """This thread's connection to read with."""
+        reader = getattr(self._local, "reader", None)
+        if reader is None:
             if not self._writer:
                 with self.transaction():
                     pass
-            self._kept.reader = self._open("mode=rw")
-            self._kept.reader.execute("PRAGMA query_only = ON")
-        return self._kept.reader
+            reader = self._connect("mode=rw")
+            reader.execute("PRAGMA query_only = ON")
+            self._local.reader = reader
+        return reader
 
-    def _read(self, sql: str, parameters=()) -> list[sqlite3.Row]:
-        """Every row of a query. No read is ever left open: it would keep the WAL from being folded in."""
+    def _read(self, sql: str, parameters: dict | tuple = ()) -> list[sqlite3.Row]:
+        """Every row of a query. No read stays open: it would keep the WAL from being
+        checkpointed.
+        """
         try:
             if not self.read_only:
                 return self._reader().execute(sql, parameters).fetchall()
-            # Litestream writes pages into a copy past SQLite's change counter, and not while somebody has the file
-            # open as a WAL: a connection that stayed would read its old pages for ever, or stop the copy.
-            with contextlib.closing(self._open("mode=ro")) as reader:
+            # Litestream writes pages into a copy past SQLite's change counter, and not while
+            # another process has the file open as a WAL: a connection that stayed open would
+            # read old pages for ever, or stop the copy.
+            with contextlib.closing(self._connect("mode=ro")) as reader:
                 return reader.execute(sql, parameters).fetchall()
         except sqlite3.Error as error:
-            raise explain(error) from error
+            raise translate_error(error) from error
 
-    def _version(self):
-        """What differs after every change of the data; None where that cannot be told."""
+    def check_health(self) -> None:
+        """Really read the database. Raises DatabaseUnavailable if that fails in whatever way."""
+        try:
+            self._read("SELECT id FROM product LIMIT 1")
+        except sqlite3.Error as error:
+            raise DatabaseUnavailable("The database cannot be read.") from error
+
+    def data_version(self) -> object:
+        """A value that differs after every change of the data; None where that cannot be told."""
         if not self.read_only:
             return self._read("PRAGMA data_version")[0]["data_version"]
         files = []
         for file in self.path, self._wal:
             with contextlib.suppress(FileNotFoundError):
                 files.append(file.stat())
-        # Within the grain of the file system's clock a second change might look like the first.
-        if time.time_ns() - max((file.st_mtime_ns for file in files), default=0) < 100_000_000:
+        # Within the grain of the file system's clock a second change may look like the first.
+        newest = max((file.st_mtime_ns for file in files), default=0)
+        if time.time_ns() - newest < 100_000_000:
             return None
         return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files]
 
-    # ------------------------------------------------------------------------------------------ transactions
+    # --- transactions
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing: yields the connection that writes, commits at the end, rolls back on
+        any exception.
+
+        Inside a transaction of this thread it is a savepoint. Raises as begin() and commit() do.
+        """
+        if self._writer_thread == threading.get_ident():
+            with self._savepoint() as connection:
+                yield connection
+            return
+        self.begin()
+        try:
+            yield self._writer
+        except BaseException as error:
+            self.rollback()
+            if isinstance(error, sqlite3.Error):
+                raise translate_error(error) from error
+            raise
+        self.commit()
 
     def begin(self) -> None:
-        """Take the write lock for this thread, in the order of arrival, and open a transaction.
+        """Take the write lock for this thread and begin a transaction.
 
-        Raises Busy after `wait` seconds, Unavailable where the database cannot be written at all.
+        Raises DatabaseBusy after lock_timeout seconds, DatabaseUnavailable where nothing can be
+        written at all.
         """
         if self.read_only:
-            raise Unavailable("This is a read-only copy of the shop: send what writes to the shop itself.")
-        if not self._queue.enter(self.wait):
-            raise Busy(REASONS[sqlite3.SQLITE_BUSY])
+            raise DatabaseUnavailable(
+                "This is a read-only copy of the shop: send writes to the shop itself."
+            )
+        if not self._writer_lock.acquire(timeout=self.lock_timeout):
+            raise DatabaseBusy("The database is busy.")
         try:
             if not self._writer:
-                self._prepare()  # it was locked when the Store was made
-            # IMMEDIATE takes the write lock before the first read, so the stock that is checked is the stock that
-            # is deducted.
+                self._open_writer()  # it was locked when the Store was made
+            # IMMEDIATE takes the write lock before the first read, so the stock that is checked
+            # is the stock that is deducted.
             self._writer.execute("BEGIN IMMEDIATE")
-            self._writing_thread = threading.get_ident()
         except BaseException as error:
-            self._queue.leave()
-            raise as_unavailable(error)
+            self._writer_lock.release()
+            if isinstance(error, sqlite3.Error):
+                raise translate_error(error) from error
+            if isinstance(error, DatabaseError):
+                raise DatabaseUnavailable(str(error)) from error
+            raise
+        self._writer_thread = threading.get_ident()
 
     def commit(self) -> None:
-        """Make durable what happened since begin(). Raises Unavailable, and nothing has happened, if it cannot be."""
+        """Make durable what has happened since begin(). Raises DatabaseUnavailable, and nothing
+        has happened.
+        """
         try:
-            # After a full disk or an I/O error SQLite may have rolled back by itself.
-            if not self._writer.in_transaction:
-                raise Unavailable("The database gave the transaction up.")
+            self._require_transaction()
             self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise as_unavailable(error) from error
-        finally:
+        except BaseException as error:
             self.rollback()
+            if isinstance(error, sqlite3.Error):
+                raise translate_error(error) from error
+            raise
+        self._release_writer()
 
     def rollback(self) -> None:
-        """End the transaction, if it is still open, without a trace of it, and hand the write lock on."""
+        """Undo what has happened since begin()."""
         try:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
         finally:
-            self._writing_thread = None
-            self._queue.leave()
+            self._release_writer()
+
+    def _release_writer(self) -> None:
+        self._writer_thread = None
+        self._writer_lock.release()
+
+    def _require_transaction(self) -> None:
+        # After a full disk or an I/O error SQLite may have rolled back by itself.
+        if not self._writer.in_transaction:
+            raise DatabaseUnavailable("SQLite rolled the transaction back.")
 
     @contextlib.contextmanager
-    def transaction(self):
-        """All or nothing: yields the writing connection, commits at the end and rolls back on any exception.
-
-        Between begin() and commit() of this thread it is a savepoint in that transaction. Raises as these two do.
-        """
-        if self._writing_thread != threading.get_ident():
-            self.begin()
-            try:
-                yield self._writer
-            except BaseException as error:
-                self.rollback()
-                raise explain(error)
-            self.commit()
-            return
-        con = self._writer
-        # A savepoint without a transaction around it would begin one of its own, and commit it.
-        if not con.in_transaction:
-            raise Unavailable("The database gave the transaction up.")
+    def _savepoint(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, inside a transaction of this thread."""
+        # A savepoint outside a transaction would begin one of its own, and commit it.
+        self._require_transaction()
+        connection = self._writer
         try:
-            con.execute("SAVEPOINT step")
-            yield con
-            con.execute("RELEASE step")
+            connection.execute("SAVEPOINT step")
+            yield connection
+            connection.execute("RELEASE step")
         except BaseException as error:
-            if con.in_transaction:
-                con.execute("ROLLBACK TO step")
-                con.execute("RELEASE step")
-            raise explain(error)
+            if connection.in_transaction:
+                connection.execute("ROLLBACK TO step")
+                connection.execute("RELEASE step")
+            if isinstance(error, sqlite3.Error):
+                raise translate_error(error) from error
+            raise
 
-    def kept(self, key, make):
-        """What make() gave for this key, until anything in the database changes: for answers dear to render.
+    # --- products
 
-        make() returns it and its size in bytes: what a thread keeps is bounded.
+    def list_products(
+        self,
+        *,
+        q: str | None = None,
+        available: bool | None = None,
+        after: int = 0,
+        limit: int | None = None,
+    ) -> tuple[str, int | None]:
+        """The products by id as the text of a JSON array, and the id to go on after (None:
+        nothing follows).
+
+        q: only products that have this text in name or description, ignoring case. available:
+        only those with stock, or without. after, limit: a page. SQLite renders the rows, 2.5
+        times as fast as json.dumps does, so prices are decimals here, not cents.
         """
-        kept, version = self._kept, self._version()
-        if version is None or version != kept.version:
-            kept.version, kept.rendered, kept.size = version, {}, 0
-        if key not in kept.rendered:
-            kept.rendered[key] = made = make()
-            kept.size += made[1]
-            while kept.size > KEPT_BYTES and len(kept.rendered) > 1:
-                kept.size -= kept.rendered.pop(next(iter(kept.rendered)))[1]
-        return kept.rendered[key][0]
-
-    def check_health(self) -> None:
-        """Really read the database. Raises Unavailable if that fails in whatever way."""
-        try:
-            self._read("SELECT id FROM product LIMIT 1")
-        except sqlite3.Error as error:
-            raise Unavailable("The database cannot be read.") from error
-
-    # ---------------------------------------------------------------------------------------------- products
-
-    def list_products(self, *, q: str | None = None, available: bool | None = None, after: int = 0,
-                      limit: int | None = None) -> tuple[str, int | None]:
-        """The products by id as the text of a JSON array, and the id to go on after (None where nothing follows).
-
-        q: only what contains this text in name or description, ignoring case. available: only with stock, or
-        without. after, limit: a page. SQLite renders the rows, 2.5 times as fast as dicts and json.dumps, so that
-        prices come as the decimals of JSON here.
-        """
-        rows = self._read("""
-            SELECT id, json_object('id', id, 'name', name, 'description', description,
-                                   'price', price / 100.0, 'stock', stock) AS product
+        rows = self._read(
+            """
+            SELECT id,
+                   json_object('id', id, 'name', name, 'description', description,
+                               'price', price / 100.0, 'stock', stock) AS product
               FROM product
              WHERE id > :after
                AND (:available IS NULL OR (stock > 0) = :available)
                AND (:q IS NULL OR instr(casefold(name), :q) OR instr(casefold(description), :q))
              ORDER BY id
              LIMIT :limit
-        """, {"q": q and q.casefold(), "available": available, "after": after, "limit": limit + 1 if limit else -1})
+            """,
+            {
+                "q": q and q.casefold(),
+                "available": available,
+                "after": after,
+                "limit": limit + 1 if limit else -1,
+            },
+        )
         page = rows[:limit]
-        return f"[{','.join(row['product'] for row in page)}]", page[-1]["id"] if len(page) < len(rows) else None
+        next_after = page[-1]["id"] if len(page) < len(rows) else None
+        return f"[{','.join(row['product'] for row in page)}]", next_after
 
-    def read_product(self, product_id: int) -> dict:
+    def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
-        rows = self._read("""
-            SELECT id, name, description, price, stock
-              FROM product
-             WHERE id = :id
-        """, {"id": product_id})
+        return self._one("product", product_id, self._read(SELECT_PRODUCT, {"id": product_id}))
+
+    def create_product(self, **fields: Any) -> dict:
+        """Add a product and return it.
+
+        fields: name, price in cents; optional: description, stock in pieces.
+        """
+        with self.transaction() as connection:
+            return self._save_product(
+                connection, {"id": None, "description": "", "stock": 0, **fields}
+            )
+
+    def update_product(
+        self, product_id: int, *, if_match: Precondition = None, **fields: Any
+    ) -> dict:
+        """Set the given fields (see create_product) and return the product.
+
+        if_match: a condition on the etag() of its row. Raises NotFound, PreconditionFailed.
+        """
+        with self.transaction() as connection:
+            product = self._lock_product(connection, product_id, if_match)
+            return self._save_product(connection, {**product, **fields})
+
+    def update_stock(self, product_id: int, change: int, *, if_match: Precondition = None) -> dict:
+        """Add `change` pieces to the stock, or take them where it is negative, and return the
+        product.
+
+        Raises NotFound, PreconditionFailed (see update_product), InsufficientStock,
+        ExcessiveStock.
+        """
+        with self.transaction() as connection:
+            product = self._lock_product(connection, product_id, if_match)
+            stock = product["stock"] + change
+            if stock < 0:
+                raise InsufficientStock([shortage(product_id, -change, product["stock"])])
+            if stock > MAX_STOCK:
+                raise ExcessiveStock(product["stock"])
+            return self._save_product(connection, {**product, "stock": stock})
+
+    def delete_product(self, product_id: int, *, if_match: Precondition = None) -> None:
+        """Delete a product; the lines of orders keep their copies. Raises NotFound,
+        PreconditionFailed.
+        """
+        with self.transaction() as connection:
+            self._lock_product(connection, product_id, if_match)
+            connection.execute("DELETE FROM product WHERE id = :id", {"id": product_id})
+
+    def _lock_product(
+        self, connection: sqlite3.Connection, product_id: int, if_match: Precondition
+    ) -> dict:
+        """The product as it is under the write lock. Raises NotFound, PreconditionFailed."""
+        rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
+        product = self._one("product", product_id, rows)
+        check_precondition(product, if_match)
+        return product
+
+    @staticmethod
+    def _save_product(connection: sqlite3.Connection, product: dict) -> dict:
+        """Write a product, a new one where its id is None, and return it."""
+        [row] = connection.execute(
+            """
+            INSERT INTO product (id, name, description, price, stock)
+            VALUES (:id, :name, :description, :price, :stock)
+                ON CONFLICT (id) DO UPDATE
+               SET name = excluded.name, description = excluded.description,
+                   price = excluded.price, stock = excluded.stock
+            RETURNING *
+            """,
+            product,
+        ).fetchall()
+        return dict(row)
+
+    @staticmethod
+    def _one(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
         if not rows:
-            raise NotFound("product", product_id)
+            raise NotFound(kind, row_id)
         return dict(rows[0])
 
-    def add_product(self, *, name: str, price: int, description: str = "", stock: int = 0) -> dict:
-        """Add a product, price in cents, stock in pieces, and return it."""
-        with self.transaction() as con:
-            [product] = con.execute("""
-                INSERT INTO product (name, description, price, stock)
-                VALUES (:name, :description, :price, :stock)
-                RETURNING id, name, description, price, stock
-            """, {"name": name, "description": description, "price": price, "stock": stock}).fetchall()
-        return dict(product)
+    # --- orders
 
-    def change_product(self, product_id: int, *, name: str | None = None, description: str | None = None,
-                       price: int | None = None, stock: int | None = None, seen: list[str] | None = None) -> dict:
-        """Set what is given, price in cents, and return the product.
-
-        seen: change it only if fingerprint() of its row is one of these. Raises NotFound, ContentChanged.
-        """
-        with self.transaction() as con:
-            changed = con.execute("""
-                UPDATE product
-                   SET name = coalesce(:name, name), description = coalesce(:description, description),
-                       price = coalesce(:price, price), stock = coalesce(:stock, stock)
-                 WHERE id = :id
-                   AND (:seen = 'null'
-                        OR fingerprint(id, name, description, price, stock) IN (SELECT value FROM json_each(:seen)))
-                RETURNING id, name, description, price, stock
-            """, {"id": product_id, "name": name, "description": description, "price": price, "stock": stock,
-                  "seen": json.dumps(seen)}).fetchall()
-            if not changed:
-                self._explain_unchanged(con, product_id, seen)
-        return dict(changed[0])
-
-    def change_stock(self, product_id: int, change: int, *, seen: list[str] | None = None) -> dict:
-        """Add `change` pieces to the stock, or take them where it is negative, and return the product.
-
-        Raises NotFound, ContentChanged (see change_product), InsufficientStock and ExcessiveStock.
-        """
-        with self.transaction() as con:
-            changed = con.execute("""
-                UPDATE product
-                   SET stock = stock + :change
-                 WHERE id = :id AND stock + :change BETWEEN 0 AND :max
-                   AND (:seen = 'null'
-                        OR fingerprint(id, name, description, price, stock) IN (SELECT value FROM json_each(:seen)))
-                RETURNING id, name, description, price, stock
-            """, {"id": product_id, "change": change, "max": MAX_STOCK, "seen": json.dumps(seen)}).fetchall()
-            if not changed:
-                self._explain_unchanged(con, product_id, seen, change)
-        return dict(changed[0])
-
-    def remove_product(self, product_id: int, *, seen: list[str] | None = None) -> None:
-        """Delete a product; the lines of orders keep their copies. Raises NotFound, ContentChanged."""
-        with self.transaction() as con:
-            removed = con.execute("""
-                DELETE FROM product
-                 WHERE id = :id
-                   AND (:seen = 'null'
-                        OR fingerprint(id, name, description, price, stock) IN (SELECT value FROM json_each(:seen)))
-                RETURNING id
-            """, {"id": product_id, "seen": json.dumps(seen)}).fetchall()
-            if not removed:
-                self._explain_unchanged(con, product_id, seen)
-
-    def _explain_unchanged(self, con: sqlite3.Connection, product_id: int, seen: list[str] | None, change: int = 0):
-        """Raise the reason for which a statement above left the product alone."""
-        product = con.execute("""
-            SELECT id, name, description, price, stock
-              FROM product
-             WHERE id = :id
-        """, {"id": product_id}).fetchone()
-        if not product:
-            raise NotFound("product", product_id)
-        if seen is not None and fingerprint(*product) not in seen:
-            raise ContentChanged
-        if change > 0:
-            raise ExcessiveStock(product["stock"])
-        raise InsufficientStock([{"product_id": product_id, "requested": -change, "available": product["stock"]}])
-
-    # ------------------------------------------------------------------------------------------------ orders
-
-    def list_orders(self, *, status: str | None = None, after: int = 0,
-                    limit: int = 100) -> tuple[list[dict], int | None]:
-        """A page of the orders by id, money in cents, and the id to go on after (None where nothing follows).
+    def list_orders(
+        self, *, status: str | None = None, after: int = 0, limit: int = 100
+    ) -> tuple[list[dict], int | None]:
+        """A page of the orders by id, and the id to go on after (None where nothing follows).
 
         status: only orders of this one. after, limit: the page.
         """
         page = {"status": status, "after": after, "limit": limit + 1}
         # Two statements: with "OR :status IS NULL" the index could not serve.
-        orders = self._read("""
-            SELECT id, status, total, created_at
-              FROM orders
-             WHERE id > :after
-             ORDER BY id
-             LIMIT :limit
-        """, page) if status is None else self._read("""
-            SELECT id, status, total, created_at
-              FROM orders
-             WHERE id > :after AND status = :status
-             ORDER BY id
-             LIMIT :limit
-        """, page)
-        following = orders[limit - 1]["id"] if len(orders) > limit else None
-        return self._with_lines(orders[:limit]), following
+        if status is None:
+            rows = self._read(
+                """
+                SELECT *
+                  FROM orders
+                 WHERE id > :after
+                 ORDER BY id
+                 LIMIT :limit
+                """,
+                page,
+            )
+        else:
+            rows = self._read(
+                """
+                SELECT *
+                  FROM orders
+                 WHERE id > :after AND status = :status
+                 ORDER BY id
+                 LIMIT :limit
+                """,
+                page,
+            )
+        next_after = rows[limit - 1]["id"] if len(rows) > limit else None
+        # Lines never change, so a second statement sees the lines that the first one meant.
+        orders = rows[:limit]
+        return with_lines(orders, self._read(SELECT_LINES, ids_of(orders))), next_after
 
-    def read_order(self, order_id: int) -> dict:
+    def get_order(self, order_id: int) -> dict:
         """The order with its lines, money in cents. Raises NotFound."""
-        orders = self._read("""
-            SELECT id, status, total, created_at
-              FROM orders
-             WHERE id = :id
-        """, {"id": order_id})
-        if not orders:
-            raise NotFound("order", order_id)
-        return self._with_lines(orders)[0]
+        order = self._one("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
+        return with_lines([order], self._read(SELECT_LINES, ids_of([order])))[0]
 
-    def _with_lines(self, orders: list[sqlite3.Row], con: sqlite3.Connection | None = None) -> list[dict]:
-        # Orders keep their lines for ever, so a second statement cannot see others than the first meant.
-        lines = (con.execute if con else self._read)("""
-            SELECT order_id, product_id, name, price, quantity
-              FROM order_line
-             WHERE order_id IN (SELECT value FROM json_each(:ids))
-             ORDER BY order_id, position
-        """, {"ids": json.dumps([order["id"] for order in orders])})
-        of_order = {order["id"]: {**order, "lines": []} for order in orders}
-        for order_id, *line in lines:
-            of_order[order_id]["lines"].append(dict(zip(("product_id", "name", "price", "quantity"), line)))
-        return list(of_order.values())
+    def create_order(self, products: list[dict]) -> dict:
+        """Take the stock of every line, or of none, and return the new, pending order.
 
-    def place_order(self, lines: list[dict]) -> dict:
-        """Take the stock of every line, or of none, and return the new, pending order, its money in cents.
-
-        lines: {"product_id", "quantity"} each, every product once, quantity in pieces. Raises UnknownProducts, or
-        InsufficientStock with every short line.
+        products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
+        once. Raises UnknownProducts, InsufficientStock with every short line, ValueError where
+        there is no line.
         """
-        sold, unknown, shortages = [], {}, []
-        with self.transaction() as con:
-            for position, line in enumerate(lines):
-                taken = con.execute("""
-                    UPDATE product
-                       SET stock = stock - :quantity
-                     WHERE id = :product_id AND stock >= :quantity
-                    RETURNING name, price
-                """, line).fetchall()
-                if taken:
-                    [(name, price)] = taken
-                    sold.append({"product_id": line["product_id"], "name": name, "price": price,
-                                 "quantity": line["quantity"]})
-                    continue
-                left = con.execute("""
-                    SELECT stock
-                      FROM product
-                     WHERE id = :product_id
-                """, line).fetchone()
-                if left:
-                    shortages.append({"product_id": line["product_id"], "requested": line["quantity"],
-                                      "available": left["stock"]})
-                else:
-                    unknown[position] = line["product_id"]
-            if unknown:
-                raise UnknownProducts(unknown)
-            if shortages:
-                raise InsufficientStock(shortages)
-            order = {"total": sum(line["price"] * line["quantity"] for line in sold), "created_at": timestamp()}
-            order_id = con.execute("""
+        if not products:
+            raise ValueError("An order needs at least one line.")
+        with self.transaction() as connection:
+            lines = self._take_stock(connection, products)
+            order = {
+                "total": sum(line["price"] * line["quantity"] for line in lines),
+                "created_at": timestamp(),
+            }
+            order_id = connection.execute(
+                """
                 INSERT INTO orders (total, created_at)
                 VALUES (:total, :created_at)
-            """, order).lastrowid
-            con.executemany("""
+                """,
+                order,
+            ).lastrowid
+            connection.executemany(
+                """
                 INSERT INTO order_line (order_id, product_id, position, name, price, quantity)
                 VALUES (?, ?, ?, ?, ?, ?)
-            """, [(order_id, line["product_id"], position, line["name"], line["price"], line["quantity"])
-                  for position, line in enumerate(sold)])
-        return {"id": order_id, "status": "pending", **order, "lines": sold}
+                """,
+                [
+                    (
+                        order_id,
+                        line["product_id"],
+                        position,
+                        line["name"],
+                        line["price"],
+                        line["quantity"],
+                    )
+                    for position, line in enumerate(lines)
+                ],
+            )
+        return {"id": order_id, "status": "pending", **order, "lines": lines}
 
-    def change_order(self, order_id: int, status: str, *, seen: list[str] | None = None) -> dict:
-        """Complete or cancel a pending order and return it; the status it already has changes nothing.
+    @staticmethod
+    def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> list[dict]:
+        """Take the stock of every line; return the lines with name and price as they are now."""
+        lines = []
+        unknown = {}
+        shortages = []
+        for position, line in enumerate(products):
+            rows = connection.execute(
+                """
+                UPDATE product
+                   SET stock = stock - :quantity
+                 WHERE id = :product_id AND stock >= :quantity
+                RETURNING name, price
+                """,
+                line,
+            ).fetchall()
+            if rows:
+                [(name, price)] = rows
+                lines.append(
+                    {
+                        "product_id": line["product_id"],
+                        "name": name,
+                        "price": price,
+                        "quantity": line["quantity"],
+                    }
+                )
+                continue
+            rows = connection.execute(SELECT_PRODUCT, {"id": line["product_id"]}).fetchall()
+            if rows:
+                shortages.append(shortage(line["product_id"], line["quantity"], rows[0]["stock"]))
+            else:
+                unknown[position] = line["product_id"]
+        if unknown:
+            raise UnknownProducts(unknown)
+        if shortages:
+            raise InsufficientStock(shortages)
+        return lines
 
-        Cancelling puts the stock back, up to MAX_STOCK and where the product still exists. seen: change it only if
-        fingerprint(id, status) is one of these. Raises NotFound, ContentChanged, InvalidTransition.
+    def update_order(self, order_id: int, status: str, *, if_match: Precondition = None) -> dict:
+        """Complete or cancel a pending order and return it; the status it already has changes
+        nothing.
+
+        Cancelling puts the stock back, up to MAX_STOCK and where the product still exists.
+        if_match: a condition on the etag() of the order's row. Raises NotFound,
+        PreconditionFailed, InvalidTransition.
         """
-        with self.transaction() as con:
-            changed = con.execute("""
-                UPDATE orders
-                   SET status = :status
-                 WHERE id = :id AND status = 'pending'
-                   AND (:seen = 'null' OR fingerprint(id, status) IN (SELECT value FROM json_each(:seen)))
-                RETURNING id
-            """, {"id": order_id, "status": status, "seen": json.dumps(seen)}).fetchall()
-            if changed and status == "cancelled":
-                con.execute("""
-                    UPDATE product
-                       SET stock = min(stock + order_line.quantity, :max)
-                      FROM order_line
-                     WHERE order_line.order_id = :id AND product.id = order_line.product_id
-                """, {"id": order_id, "max": MAX_STOCK})
-            order = con.execute("""
-                SELECT id, status, total, created_at
-                  FROM orders
-                 WHERE id = :id
-            """, {"id": order_id}).fetchone()
-            if not order:
-                raise NotFound("order", order_id)
-            if not changed and seen is not None and fingerprint(order_id, order["status"]) not in seen:
-                raise ContentChanged
-            if order["status"] != status:
+        with self.transaction() as connection:
+            rows = connection.execute(SELECT_ORDER, {"id": order_id}).fetchall()
+            order = self._one("order", order_id, rows)
+            check_precondition(order, if_match)
+            if order["status"] not in ("pending", status):
                 raise InvalidTransition(order_id, order["status"], status)
-            return self._with_lines([order], con)[0]
+            if order["status"] != status:
+                self._set_status(connection, order_id, status)
+            lines = connection.execute(SELECT_LINES, ids_of([order])).fetchall()
+        return with_lines([{**order, "status": status}], lines)[0]
 
-    # ------------------------------------------------------------------------------------------- idempotency
+    @staticmethod
+    def _set_status(connection: sqlite3.Connection, order_id: int, status: str) -> None:
+        connection.execute(
+            """
+            UPDATE orders
+               SET status = :status
+             WHERE id = :id
+            """,
+            {"id": order_id, "status": status},
+        )
+        if status == "cancelled":
+            connection.execute(
+                """
+                UPDATE product
+                   SET stock = min(stock + order_line.quantity, :max)
+                  FROM order_line
+                 WHERE order_line.order_id = :id AND product.id = order_line.product_id
+                """,
+                {"id": order_id, "max": MAX_STOCK},
+            )
 
-    def once(self, key: str, request: str, work) -> tuple[object, bool]:
-        """Do work() and keep its answer under `key` in the same transaction; a repeat gets that answer instead.
+    # --- idempotency
 
-        request: a fingerprint of what is asked for. work: changes the shop and returns a value that JSON can carry.
-        Returns the answer and whether it is a repeat's. Raises KeyReused where the key came with another request,
-        and what work raises; then nothing is kept. Keys live KEY_LIFE seconds.
+    def run_idempotent(
+        self, key: str, fingerprint: str, action: Callable[[], object]
+    ) -> tuple[Any, bool]:
+        """Run action() and store its result under `key` in the same transaction; a repeat gets
+        that result instead.
+
+        fingerprint: of the request. action: changes the shop and returns a value that JSON can
+        carry. Returns the result, and whether it is a repeat's. Raises IdempotencyKeyReused
+        where the key came with another request, and what action raises; nothing is stored then.
+        Keys live KEY_TTL seconds.
         """
-        with self.transaction() as con:
-            expired = timestamp(KEY_LIFE)
-            kept = con.execute("""
+        with self.transaction() as connection:
+            expired = timestamp(KEY_TTL)
+            stored = connection.execute(
+                """
                 SELECT fingerprint, answer
                   FROM idempotency_key
                  WHERE key = :key AND created_at >= :expired
-            """, {"key": key, "expired": expired}).fetchone()
-            if kept and kept["fingerprint"] != request:
-                raise KeyReused
-            if kept:
-                return json.loads(kept["answer"]), True
-            answer = work()
-            con.execute("""
+                """,
+                {"key": key, "expired": expired},
+            ).fetchone()
+            if stored and stored["fingerprint"] != fingerprint:
+                raise IdempotencyKeyReused
+            if stored:
+                return json.loads(stored["answer"]), True
+            result = action()
+            connection.execute(
+                """
                 INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
-                VALUES (:key, :request, :answer, :now)
-            """, {"key": key, "request": request, "answer": json.dumps(answer), "now": timestamp()})
-            # Each new key takes the oldest few along: they go as fast as they come, and never many at once.
-            con.execute("""
+                VALUES (:key, :fingerprint, :answer, :now)
+                """,
+                {
+                    "key": key,
+                    "fingerprint": fingerprint,
+                    "answer": json.dumps(result),
+                    "now": timestamp(),
+                },
+            )
+            # Each new key takes the oldest few along: they go as fast as they come, never many at once.
+            connection.execute(
+                """
                 DELETE FROM idempotency_key
                  WHERE id IN (SELECT id FROM idempotency_key ORDER BY id LIMIT 4)
                    AND created_at < :expired
-            """, {"expired": expired})
-        return answer, False
+                """,
+                {"expired": expired},
+            )
+        return result, False
 
 
-# ------------------------------------------------------------------------------------------- copies and checks
+SELECT_PRODUCT = "SELECT * FROM product WHERE id = :id"
+SELECT_ORDER = "SELECT * FROM orders WHERE id = :id"
+SELECT_LINES = """
+    SELECT order_id, product_id, name, price, quantity
+      FROM order_line
+     WHERE order_id IN (SELECT value FROM json_each(:ids))
+     ORDER BY order_id, position
+"""
 
-def back_up(path, target, *, overwrite: bool = False, progress=None) -> dict:
-    """Copy the database to a file while it is in use: the state of one moment, checked, whole or not there at all.
 
-    progress: called with the pages that remain and the pages in all. Returns the copy's products, orders and bytes.
-    Raises Unusable for a source that is no shop's database, a target that exists (unless overwrite) or is the source
-    itself, and a copy that cannot be made.
+def ids_of(rows: list) -> dict:
+    return {"ids": json.dumps([row["id"] for row in rows])}
+
+
+def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
+    """The orders as dicts, each with its own of the lines."""
+    by_id: dict[int, dict] = {order["id"]: {**order, "lines": []} for order in orders}
+    for row in lines:
+        line = dict(row)
+        by_id[line.pop("order_id")]["lines"].append(line)
+    return list(by_id.values())
+
+
+def shortage(product_id: int, requested: int, available: int) -> dict:
+    return {"product_id": product_id, "requested": requested, "available": available}
+
+
+# ------------------------------------------------------------------------------ backup and check
+
+
+def backup(
+    path: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict:
+    """Copy a database to a file while it is in use: the state of one moment, checked, whole or
+    not there at all.
+
+    progress: called with the pages that remain and the pages in all. Returns the copy's
+    products, orders and bytes. Raises DatabaseError for a source that is no shop's database, a
+    target that exists (unless overwrite) or is the source itself, and a copy that cannot be
+    made.
     """
-    path, target = Path(path).absolute(), Path(target).absolute()
-    if target.exists() and (not overwrite or not target.is_file() or target.samefile(path)):
-        raise Unusable(f"{target} exists already.")
-    # SQLite would take a WAL that lies beside the copy for the copy's own.
-    for end in "-wal", "-shm", "-journal":
-        if target.name.endswith(end) or target.with_name(target.name + end).exists():
-            raise Unusable(f"{target} is, or has beside it, what belongs to a database in use.")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     source = Store(path, read_only=True)
+    target = Path(target).absolute()
+    check_target(source.path, target, overwrite)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        with (contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as copy,
-              contextlib.closing(source._open("mode=ro")) as reader):
-            reader.execute("BEGIN")  # holds one state, or each order that comes meanwhile would start the copy again
-            reader.execute("SELECT count(*) FROM product").fetchall()
-            reader.backup(copy, pages=1000, progress=lambda _, *pages: progress and progress(*pages))
-            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
-            [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
-            if verdict != "ok":
-                raise Unusable(f"The copy would not be sound: {verdict}")
-            products, orders = copy.execute("""
-                SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
-            """).fetchone()
-        partial.chmod(path.stat().st_mode & 0o777)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        size = partial.stat().st_size
+        summary = copy_database(source, partial, progress or (lambda remaining, total: None))
+        partial.chmod(source.path.stat().st_mode & 0o777)
+        flush_file(partial)
+        summary["bytes"] = partial.stat().st_size
         partial.replace(target)
-        directory = os.open(target.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        flush_file(target.parent)
     except (OSError, sqlite3.Error) as error:
-        raise Unusable(f"{target} cannot be made: {error}.") from error
+        raise DatabaseError(f"{target} cannot be made: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
-    return {"products": products, "orders": orders, "bytes": size}
+    return summary
 
 
-def find_faults(path) -> list[str]:
-    """Sentences that tell what is wrong in a database: its pages, its limits, its references, the sums of its orders.
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise DatabaseError where a backup must not go."""
+    if target.exists() and (not overwrite or not target.is_file() or target.samefile(source)):
+        raise DatabaseError(f"{target} exists already.")
+    # SQLite would take a WAL that lies beside the copy for the copy's own.
+    for suffix in "-wal", "-shm", "-journal":
+        if target.name.endswith(suffix) or target.with_name(target.name + suffix).exists():
+            raise DatabaseError(f"{target} is, or has beside it, a file of a database in use.")
 
-    Raises Unusable for a file that is no shop's database.
+
+def copy_database(source: Store, target: Path, progress: Callable[[int, int], object]) -> dict:
+    """Copy page by page, check the copy, and return how many products and orders it has."""
+    with (
+        contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy,
+        contextlib.closing(source._connect("mode=ro")) as reader,
+    ):
+        # Holds one state, or each order that comes meanwhile would start the copy again.
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM product").fetchall()
+        reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
+        [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
+        if verdict != "ok":
+            raise DatabaseError(f"The copy would not be sound: {verdict}")
+        [(products, orders)] = copy.execute("""
+            SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
+        """)
+    return {"products": products, "orders": orders}
+
+
+def flush_file(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_integrity(path: str | os.PathLike) -> list[str]:
+    """Sentences that tell what is wrong in a database: pages, limits, references, sums of orders.
+
+    Raises DatabaseError for a file that is no shop's database.
     """
+    store = Store(path, read_only=True)
     try:
         # Not mode=ro: there SQLite leaves the CHECK constraints out.
-        with contextlib.closing(Store(path, read_only=True)._open("mode=rw")) as con:
-            con.execute("PRAGMA query_only = ON")
-            sound = con.execute("PRAGMA integrity_check").fetchall()
-            missing = con.execute("PRAGMA foreign_key_check").fetchall()
-            wrong = con.execute("""
-                SELECT orders.id AS id, total, count(order_line.order_id) AS lines,
-                       coalesce(sum(price * quantity), 0) AS sum
-                  FROM orders LEFT JOIN order_line ON order_line.order_id = orders.id
-                 GROUP BY orders.id
-                HAVING total <> sum OR lines = 0
-            """).fetchall()
+        with contextlib.closing(store._connect("mode=rw")) as connection:
+            connection.execute("PRAGMA query_only = ON")
+            return [
+                *damaged_pages(connection),
+                *missing_references(connection),
+                *wrong_totals(connection),
+            ]
     except sqlite3.DatabaseError as error:
         return [f"{error}."]
-    return [row["integrity_check"] for row in sound if row["integrity_check"] != "ok"] + [
-        f"A row of {row['table']} refers to one of {row['parent']} that is missing." for row in missing] + [
-        f"Order {row['id']} has a total of {row['total']} cents, but {row['lines']} lines that make {row['sum']}."
-        for row in wrong]
+
+
+def damaged_pages(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("PRAGMA integrity_check").fetchall()
+    return [row["integrity_check"] for row in rows if row["integrity_check"] != "ok"]
+
+
+def missing_references(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("PRAGMA foreign_key_check").fetchall()
+    return [f"A row of {row['table']} refers to a missing row of {row['parent']}." for row in rows]
+
+
+def wrong_totals(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("""
+        SELECT orders.id AS id, total, count(order_line.order_id) AS lines,
+               coalesce(sum(price * quantity), 0) AS sum
+          FROM orders LEFT JOIN order_line ON order_line.order_id = orders.id
+         GROUP BY orders.id
+        HAVING total <> sum OR lines = 0
+    """).fetchall()
+    return [
+        f"Order {row['id']} has a total of {row['total']} cents, "
+        f"but {row['lines']} lines that make {row['sum']}."
+        for row in rows
+    ]
