@@ -1,18 +1,20 @@
 -- The tables of the shop. They refuse what must never be true; db.py explains it kindly beforehand.
--- Running this file again changes nothing. Money is whole cents, times are UTC as 2026-11-22T10:15:30Z,
--- ids come from AUTOINCREMENT and are therefore never given twice, not even after a deletion.
-
-BEGIN IMMEDIATE;
+-- Money is whole cents, stock is pieces, times are UTC as 2026-11-22T10:15:30Z. Ids come from
+-- AUTOINCREMENT and are therefore never given twice, not even after a deletion.
+--
+-- A change to this file raises SCHEMA_VERSION in db.py and adds to MIGRATIONS there. New columns
+-- go to the end of their table, where ALTER TABLE puts them too.
 
 PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: the file is ours
-PRAGMA user_version = 1;             -- raise it with every change to this file that an older shop could not read
+PRAGMA user_version = 2;             -- SCHEMA_VERSION
 
 
--- What is for sale. The stock lives in the same row as the price, so that one UPDATE checks and takes it.
+-- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes it.
 CREATE TABLE IF NOT EXISTS product (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200 AND instr(name, char(0)) = 0),
-    description TEXT NOT NULL DEFAULT '' CHECK (length(description) <= 10000 AND instr(description, char(0)) = 0),
+    description TEXT NOT NULL DEFAULT ''
+                CHECK (length(description) <= 10000 AND instr(description, char(0)) = 0),
     price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),              -- cents
     stock       INTEGER NOT NULL DEFAULT 0 CHECK (stock BETWEEN 0 AND 1000000000),   -- pieces
     CHECK (trim(name, char(9, 10, 11, 12, 13, 32, 133, 160, 5760, 8192, 8193, 8194, 8195, 8196, 8197,
@@ -20,11 +22,21 @@ CREATE TABLE IF NOT EXISTS product (
 ) STRICT;
 
 
--- What was bought, and what became of it ("order" alone is a word of SQL). Orders are never deleted.
+-- What a search looks into: a product's name and description without case and accents, as db.fold()
+-- makes it. A table of its own, because SQLite has no such function: only Python can fill it, and
+-- a search then reads nothing else.
+CREATE TABLE IF NOT EXISTS product_search (
+    product_id INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
+    words      TEXT NOT NULL
+) STRICT;
+
+
+-- What was bought, and what became of it ("order" alone is a word of SQL). Never deleted.
 CREATE TABLE IF NOT EXISTS orders (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
-    status     TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'completed', 'cancelled')),
-    total      INTEGER NOT NULL CHECK (total BETWEEN 0 AND 1000000000000000),        -- cents, the sum of the lines
+    status     TEXT NOT NULL DEFAULT 'pending'
+               CHECK (status IN ('pending', 'completed', 'cancelled')),
+    total      INTEGER NOT NULL CHECK (total BETWEEN 0 AND 1000000000000000),  -- cents, all lines
     created_at TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
 ) STRICT;
 
@@ -32,12 +44,13 @@ CREATE TABLE IF NOT EXISTS orders (
 CREATE INDEX IF NOT EXISTS orders_by_status ON orders (status);
 
 
--- One product of one order. Name and price are copies: later edits do not touch them, and the product may be
--- deleted, so product_id refers to nothing. The key keeps an order's lines together and each product once.
+-- One product of one order. Name and price are copies: later edits do not touch them, and the
+-- product may be deleted, so product_id refers to nothing. The key keeps an order's lines together
+-- and each product once.
 CREATE TABLE IF NOT EXISTS order_line (
     order_id   INTEGER NOT NULL REFERENCES orders (id),
     product_id INTEGER NOT NULL CHECK (product_id > 0),
-    position   INTEGER NOT NULL CHECK (position BETWEEN 0 AND 99),                   -- place in the request
+    position   INTEGER NOT NULL CHECK (position BETWEEN 0 AND 99),                   -- in the request
     name       TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
     price      INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),               -- cents for one
     quantity   INTEGER NOT NULL CHECK (quantity BETWEEN 1 AND 100000),
@@ -45,14 +58,13 @@ CREATE TABLE IF NOT EXISTS order_line (
 ) STRICT, WITHOUT ROWID;
 
 
--- What a POST with an Idempotency-Key was answered. Written in the same transaction as the work itself, so that
--- there is never one without the other. Rows are added in the order of time: the oldest id is purged first.
+-- The response to a POST with an Idempotency-Key, written in the same transaction as the work
+-- itself, so that there is never one without the other. Rows are added in the order of time: the
+-- oldest id is purged first.
 CREATE TABLE IF NOT EXISTS idempotency_key (
     id          INTEGER PRIMARY KEY,
     key         TEXT NOT NULL UNIQUE CHECK (length(key) BETWEEN 1 AND 255),
-    fingerprint TEXT NOT NULL,                                                       -- of the request
+    fingerprint TEXT NOT NULL,                                                   -- of the request
     answer      TEXT NOT NULL CHECK (json_valid(answer)),
     created_at  TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
 ) STRICT;
-
-COMMIT;

@@ -27,9 +27,11 @@ import hashlib
 import hmac
 import http.client
 import inspect
+import io
 import itertools
 import json
 import os
+import queue
 import re
 import resource
 import select
@@ -37,12 +39,14 @@ import signal
 import socket
 import string
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from decimal import Decimal
+from email.utils import formatdate
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("shop: Python 3.11 or later is needed, this is " + sys.version.split()[0])
@@ -50,17 +54,14 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import bottle
 import waitress.adjustments
 import waitress.channel
-import waitress.parser
 import waitress.server
-import waitress.task
-import waitress.utilities
 import waitress.wasyncore
-from waitress.parser import ParsingError, TransferEncodingNotImplemented
 
 import db
 
-MAX_BODY = 1 << 20  # bytes
+MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
+MAX_PARAMETERS = 20  # of a query
 RETRY_AFTER = "1"  # seconds
 
 
@@ -210,6 +211,7 @@ class Spec(NamedTuple):
     media_types: tuple = (JSON,)  # that the body may have
     public: bool = False  # open to everyone, even when a token is set
     conflicts: bool = False  # can be 409
+    slow: bool = False  # can take long: the server runs it beside the others
 
 
 def new_bottle() -> bottle.Bottle:
@@ -240,7 +242,8 @@ def get_index():
 def get_health(store):
     """Tell whether the database can be read."""
     store.check_health()
-    return json_response({"status": "ok"} | ({"read_only": True} if store.read_only else {}))
+    health = {"status": "ok"} | ({"read_only": True} if store.read_only else {})
+    return json_response(health, **{"Cache-Control": "no-store"})
 
 
 @api.get("/openapi.json", spec=Spec({"type": "object"}, public=True))
@@ -249,11 +252,11 @@ def get_openapi(store, secured):
     return json_response(openapi_document(mount_point(), secured))
 
 
-@api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, public=True))
+@api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, public=True, slow=True))
 def list_products(store, query):
     """List the products by id, all of them or a page."""
     products, next_after = store.list_products(**query)
-    return page_response("/products/", "products", products, query, next_after)
+    return page_response("/products/", "products", f"[{products}]", query, next_after)
 
 
 @api.post("/products/", spec=Spec(PRODUCT, 201, body=NEW_PRODUCT))
@@ -295,7 +298,7 @@ def update_stock(store, product_id, body, if_match):
     return product_response(store.update_stock(product_id, if_match=if_match, **body))
 
 
-@api.get("/orders/", spec=Spec(ORDERS, query=ORDER_QUERY))
+@api.get("/orders/", spec=Spec(ORDERS, query=ORDER_QUERY, slow=True))
 def list_orders(store, query):
     """List a page of the orders by id."""
     orders, next_after = store.list_orders(**query)
@@ -339,7 +342,6 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
     response = bottle.HTTPResponse(body, status, {"Content-Type": JSON, **headers})
     if etag:
         response.set_header("ETag", f'"{etag}"')
-        response.set_header("Cache-Control", "no-cache")
     return response
 
 
@@ -416,7 +418,11 @@ class Problem(bottle.HTTPResponse):
         super().__init__(
             to_json(problem),
             f"{status} {PHRASES[status]}",
-            {"Content-Type": "application/problem+json", **(headers or {})},
+            {
+                "Content-Type": "application/problem+json",
+                "Cache-Control": "no-cache",
+                **(headers or {}),
+            },
         )
 
 
@@ -438,9 +444,12 @@ def invalid_query(errors: list) -> Problem:
 
 def validation_problem(errors: list, locate: Callable[[tuple], dict]) -> Problem:
     """The 422 for errors of validation, each a path and a message."""
+    count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
+    if len(errors) > MAX_ERRORS:
+        errors = errors[:MAX_ERRORS]
+        count = f"More than {MAX_ERRORS} errors"
     messages = [f"{field_name(path)} {message}" for path, message in errors]
     more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-    count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
     return Problem(
         422,
         f"{count}: {'; '.join(messages[:3])}{more}.",
@@ -476,6 +485,9 @@ def unknown_products(error: db.UnknownProducts) -> Problem:
 
 
 def precondition_failed(error: db.PreconditionFailed | None = None) -> Problem:
+    environ = bottle.request.environ
+    if environ["REQUEST_METHOD"] == "POST" and bottle.request.route.config["spec"].status == 201:
+        return Problem(412, "A collection has no state to match: send no If-Match.")
     return Problem(412, "The resource has changed since you read it: fetch it again and retry.")
 
 
@@ -511,7 +523,11 @@ def problem_for(error: Exception) -> Problem:
 
 def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
     """Answer what Bottle itself refuses: no such path, or not with this method."""
+    environ = bottle.request.environ
     if error.status_code == 404:
+        if (environ["REQUEST_METHOD"], environ["PATH_INFO"]) == ("OPTIONS", "*"):
+            everything = {"Allow": "DELETE, GET, HEAD, OPTIONS, PATCH, POST"}
+            return bottle.HTTPResponse(status=204, headers=everything)
         return Problem(404, "No such path; GET / lists the paths.")
     if error.status_code != 405:
         return Problem(error.status_code, str(error.body))
@@ -519,7 +535,7 @@ def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
     if "GET" in methods:
         methods.add("HEAD")
     allow = {"Allow": ", ".join(sorted(methods))}
-    if bottle.request.environ["REQUEST_METHOD"] == "OPTIONS":
+    if environ["REQUEST_METHOD"] == "OPTIONS":
         return bottle.HTTPResponse(status=204, headers=allow)
     return Problem(405, f"Use one of {allow['Allow']} here.", headers=allow)
 
@@ -561,8 +577,8 @@ class Plugin:
             "query": read_query(environ.get("QUERY_STRING"), spec.query),
             **path_ids,
         }
-        if "if_match" in names:
-            arguments["if_match"] = read_preconditions(environ)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            arguments["if_match"] = read_preconditions(environ, "if_match" in names)
         raw = b""
         if spec.body:
             raw = read_body(environ, spec.media_types)
@@ -572,7 +588,8 @@ class Plugin:
         if key is not None and environ["REQUEST_METHOD"] == "POST":
             return self.respond_once(read_key(key), fingerprint(environ, raw), action)
         response = action()
-        if "ETag" in response.headers and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            response.headers.setdefault("Cache-Control", "no-cache")
             return if_modified(response, environ)
         return response
 
@@ -581,13 +598,16 @@ class Plugin:
 
         def storable() -> tuple:
             response = action()
-            return response.status_code, response.get_header("Location"), response.body.decode()
+            headers = [response.get_header(name) for name in ("Location", "ETag")]
+            return response.status_code, headers[0], response.body.decode(), headers[1]
 
         result, replayed = self.store.run_idempotent(key, request_fingerprint, storable)
-        status, location, body = result
+        status, location, body, *etag = result  # keys from before version 2 have no ETag
         response = json_response(body.encode(), status)
         if location:
             response.set_header("Location", location)
+        if any(etag):
+            response.set_header("ETag", etag[0])
         if replayed:
             response.set_header("Idempotent-Replayed", "true")
         return response
@@ -609,10 +629,18 @@ def read_query(text: str | None, schema: dict) -> dict:
         return {}
     query: dict[str, Any] = {}
     errors: list = []
+    pairs = text.split("&")
+    if len(pairs) > MAX_PARAMETERS:
+        excess = pairs[MAX_PARAMETERS].partition("=")[0]
+        errors.append(((excess,), f"is one too many: a query may have {MAX_PARAMETERS} parameters"))
+        text = "&".join(pairs[:MAX_PARAMETERS])
     for pair in parse_qsl(text, keep_blank_values=True, encoding="latin-1"):
         name, value = (part.encode("latin-1", "replace") for part in pair)
         read_parameter(name, value, schema, query, errors)
-    query = compile_schema(schema)(query, (), errors)
+    try:
+        query = compile_schema(schema)(query)
+    except ValidationError as error:
+        errors += error.errors
     if errors:
         raise invalid_query(errors)
     return query
@@ -631,12 +659,24 @@ def read_parameter(raw_name: bytes, raw: bytes, schema: dict, query: dict, error
     query[name] = value
 
 
-def read_preconditions(environ: dict) -> db.Precondition:
-    """The condition that If-Match puts on a resource's current ETag; None where there is none."""
+def read_preconditions(environ: dict, has_state: bool) -> db.Precondition:
+    """The condition that a write puts on its resource's current ETag (RFC 9110, 13.1), or None.
+
+    has_state: whether there is an ETag to compare; a POST to a collection has none.
+    """
     if_match = environ.get("HTTP_IF_MATCH")
-    if if_match is None:
+    if_none_match = environ.get("HTTP_IF_NONE_MATCH")
+    if if_match is None and if_none_match is None:
         return None
-    return lambda etag: matches(if_match, etag)
+    if not has_state and (if_match is not None or (if_none_match or "").strip() == "*"):
+        raise precondition_failed()
+
+    def holds(etag: str) -> bool:
+        if if_none_match is not None and matches(if_none_match, etag, weak=True):
+            return False
+        return if_match is None or matches(if_match, etag)
+
+    return holds
 
 
 def matches(header: str, etag: str, *, weak: bool = False) -> bool:
@@ -649,7 +689,9 @@ def matches(header: str, etag: str, *, weak: bool = False) -> bool:
 
 def if_modified(response: bottle.HTTPResponse, environ: dict):
     """The response to a GET, or 412 or 304 as the request's conditions want (RFC 9110, 13.2.2)."""
-    etag = response.headers["ETag"].strip('"')
+    etag = response.get_header("ETag", "").strip('"')
+    if not etag:
+        return response
     if_match = environ.get("HTTP_IF_MATCH")
     if if_match is not None and not matches(if_match, etag):
         return precondition_failed()
@@ -685,18 +727,35 @@ def read_body(environ: dict, media_types: tuple) -> bytes:
             "Send JSON in UTF-8 and say so, with curl: -H 'Content-Type: application/json'",
             headers={"Accept": ", ".join(media_types)},
         )
-    length = environ.get("CONTENT_LENGTH") or "0"
-    if not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise Problem(400, "Content-Length must be a number.")
-    # A server that has undone a chunked body may not know its length, but says where it ends.
-    terminated = environ.get("wsgi.input_terminated") and "CONTENT_LENGTH" not in environ
-    size = MAX_BODY + 1 if terminated else min(int(length), MAX_BODY + 1)
-    raw = environ["wsgi.input"].read(size)
+    coding = environ.get("HTTP_CONTENT_ENCODING", "identity")
+    if coding.strip().lower() not in ("identity", ""):
+        raise Problem(
+            415,
+            f"Send the body as it is, without Content-Encoding: {coding}",
+            headers={"Accept": ", ".join(media_types), "Accept-Encoding": "identity"},
+        )
+    raw = environ["wsgi.input"].read(min(body_length(environ), MAX_BODY + 1))
     if len(raw) > MAX_BODY:
         raise too_large()
     return raw
 
 
+def body_length(environ: dict) -> int:
+    """How many bytes may be read of the body. Raises a Problem."""
+    length = environ.get("CONTENT_LENGTH")
+    if length:
+        if not (length.isascii() and length.isdigit() and len(length) < 20):
+            raise Problem(400, "Content-Length must be a number.")
+        return int(length)
+    # A server that has undone a chunked body may not know its length, but says where it ends.
+    if environ.get("wsgi.input_terminated"):
+        return MAX_BODY + 1
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        raise Problem(411, "Send the body with a Content-Length.")
+    return 0
+
+
+@functools.lru_cache(maxsize=64)
 def is_json(content_type: str, media_types: tuple) -> bool:
     media_type, _, parameters = content_type.partition(";")
     charset = re.search(r'charset="?([^";\s]*)', parameters.lower())
@@ -707,6 +766,8 @@ def is_json(content_type: str, media_types: tuple) -> bool:
 
 def parse_body(raw: bytes, schema: dict) -> Any:
     """The body as the routes work with it, validated. Raises a Problem."""
+    if not raw:
+        raise Problem(400, "The body is empty: send a JSON object.")
     try:
         value = json_decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -715,11 +776,10 @@ def parse_body(raw: bytes, schema: dict) -> Any:
         raise Problem(400, "The body is nested too deep.") from None
     except ValueError as error:
         raise Problem(400, f"The body is not JSON: {error}.") from None
-    errors: list = []
-    body = compile_schema(schema)(value, (), errors)
-    if errors:
-        raise invalid_body(errors)
-    return body
+    try:
+        return compile_schema(schema)(value)
+    except ValidationError as error:
+        raise invalid_body(error.errors) from None
 
 
 def refuse_constant(name: str):
@@ -771,12 +831,17 @@ class Application:
     def __init__(self, store: db.Store, admin_token: str | None = None):
         self.store = store
         self.bottle = new_bottle()
+        self.slow_paths: set[str] = set()
         self.bottle.default_error_handler = handle_http_error
         self.bottle.install(Plugin(store, admin_token))
         for route in api.routes:
             # A path works with its last slash and without.
             rules = {route.rule.rstrip("/") or "/", route.rule.rstrip("/") + "/"}
-            self.bottle.route(sorted(rules), route.method, route.callback, **route.config)
+            self.bottle.route(
+                sorted(rules), route.method, route.callback, skip=["json"], **route.config
+            )
+            if route.config["spec"].slow:
+                self.slow_paths |= rules
 
     def __call__(self, environ: dict, start_response: Callable):
         path = environ.get("PATH_INFO", "")
@@ -786,10 +851,16 @@ class Application:
             environ["PATH_INFO"] = quote(path, encoding="latin-1", errors="replace")
 
         def start(status: str, headers: list, exc_info=None):
-            spelled = [(HEADER_NAMES.get(name, name), value) for name, value in headers]
-            return start_response(status, spelled, exc_info)
+            # Without exc_info: a Bottle that mounts this one would raise it again.
+            return start_response(
+                status, [(HEADER_NAMES.get(name, name), value) for name, value in headers]
+            )
 
         return self.bottle(environ, start)
+
+    def is_slow(self, path: str) -> bool:
+        """Whether a GET of this path can take long."""
+        return path in self.slow_paths
 
     def close(self) -> None:
         """Close the database."""
@@ -827,19 +898,23 @@ def create_app(
 
 # ------------------------------------------------------------------------------------- validation
 # compile_schema() makes of a schema a function that validates a value: it returns the value as the
-# routes work with it, and appends what is wrong to a list, as paths and messages.
+# routes work with it, or raises every error in it.
 
-Validator = Callable[[Any, tuple, list], Any]
+Validator = Callable[[Any], Any]
 
 
 class ValidationError(Exception):
-    """A value breaks its schema; the text says what would be right."""
+    """A value breaks its schema: `errors` are paths in it, and messages that say what is right."""
+
+    def __init__(self, message: str = "", errors: list | None = None):
+        super().__init__(message)
+        self.errors = errors or [((), message)]
 
 
 def compile_schema(schema: dict) -> Validator:
     """The validator of a schema, made once."""
     if id(schema) not in VALIDATORS:
-        VALIDATORS[id(schema)] = make_validator(schema)
+        VALIDATORS[id(schema)] = COMPILERS[schema["type"]](schema)
     return VALIDATORS[id(schema)]
 
 
@@ -847,81 +922,90 @@ def compile_schema(schema: dict) -> Validator:
 VALIDATORS: dict[int, Validator] = {}
 
 
-def make_validator(schema: dict) -> Validator:
-    convert = CONVERTERS[schema["type"]](schema)
-
-    def validate(value: Any, path: tuple, errors: list) -> Any:
-        if len(errors) >= MAX_ERRORS:
-            return None
-        try:
-            return convert(value, path, errors)
-        except ValidationError as error:
-            errors.append((path, str(error)))
-            return None
-
-    return validate
-
-
-def object_converter(schema: dict) -> Validator:
-    properties = {name: make_validator(item) for name, item in schema["properties"].items()}
+def compile_object(schema: dict) -> Validator:
+    properties = {name: compile_schema(item) for name, item in schema["properties"].items()}
     names = ", ".join(properties)
     unknown = f"is an unknown field; allowed: {names}" if names else "is an unknown field"
     required = schema["required"]
     least = schema.get("minProperties", 0)
 
-    def convert(value: Any, path: tuple, errors: list) -> dict:
+    def validate(value: Any) -> dict:
         if type(value) is not dict:
             raise ValidationError("must be an object")
-        errors += [((*path, name), unknown) for name in value if name not in properties]
-        errors += [((*path, name), "is required") for name in required if name not in value]
-        if len(value) < least:
+        errors = [((name,), "is required") for name in required if name not in value]
+        if not value.keys() <= properties.keys():
+            strangers = (((name,), unknown) for name in value if name not in properties)
+            errors = [*itertools.islice(strangers, MAX_ERRORS), *errors]
+        elif len(value) < least:
             raise ValidationError(f"must have at least one of {names}")
-        return {
-            name: properties[name](item, (*path, name), errors)
-            for name, item in value.items()
-            if name in properties
-        }
+        fields = {}
+        for name in value.keys() & properties.keys() if errors else value:
+            try:
+                fields[name] = properties[name](value[name])
+            except ValidationError as error:
+                errors += prefix_errors(name, error)
+        if errors:
+            raise ValidationError(errors=errors)
+        return fields
 
-    return convert
+    return validate
 
 
-def array_converter(schema: dict) -> Validator:
-    item_validator = make_validator(schema["items"])
+def prefix_errors(step: str | int, error: ValidationError) -> list:
+    return [((step, *path), message) for path, message in error.errors]
+
+
+def compile_array(schema: dict) -> Validator:
+    validate_item = compile_schema(schema["items"])
     least = schema["minItems"]
     most = schema["maxItems"]
     key = schema.get("unique_by")
 
-    def convert(value: Any, path: tuple, errors: list) -> list:
+    def validate(value: Any) -> list:
         if type(value) is not list:
             raise ValidationError("must be an array")
         if not least <= len(value) <= most:
             raise ValidationError(f"must have {least} to {most} items, not {len(value)}")
-        items = [item_validator(item, (*path, n), errors) for n, item in enumerate(value)]
+        items = []
+        errors = []
+        for position, item in enumerate(value):
+            try:
+                items.append(validate_item(item))
+            except ValidationError as error:
+                errors += prefix_errors(position, error)
+                if len(errors) > MAX_ERRORS:
+                    break
         if key:
-            errors += find_repeated(items, key, path)
+            errors += find_repeated(value, key)
+        if errors:
+            raise ValidationError(errors=errors)
         return items
 
-    return convert
+    return validate
 
 
-def find_repeated(items: list, key: str, path: tuple) -> list:
+def find_repeated(items: list, key: str) -> list:
     """Errors for the items whose key an earlier item has."""
-    first: dict[Any, int] = {}
+    keys = [item.get(key) for item in items if type(item) is dict]
+    if len(keys) == len(set(map(str, keys))):
+        return []
+    first: dict[str, int] = {}
     return [
-        ((*path, n), f"repeats {key} {item[key]}")
-        for n, item in enumerate(items)
-        if item and item.get(key) and first.setdefault(item[key], n) != n
+        ((position,), f"repeats {key} {item[key]}")
+        for position, item in enumerate(items)
+        if type(item) is dict and type(item.get(key)) is int
+        if first.setdefault(item[key], position) != position
     ]
 
 
-def string_converter(schema: dict) -> Validator:
+def compile_string(schema: dict) -> Validator:
     least = schema.get("minLength", 0)
     most = schema.get("maxLength", MAX_BODY)
     enum = schema.get("enum")
     search = re.compile(schema.get("pattern", "")).search
     has_surrogate = re.compile("[\ud800-\udfff]").search
 
-    def convert(value: Any, path: tuple, errors: list) -> str:
+    def validate(value: Any) -> str:
         if type(value) is not str:
             raise ValidationError("must be a string")
         if not least <= len(value) <= most:
@@ -934,14 +1018,14 @@ def string_converter(schema: dict) -> Validator:
             raise ValidationError("must be Unicode, without unpaired surrogates")
         return value
 
-    return convert
+    return validate
 
 
-def integer_converter(schema: dict) -> Validator:
+def compile_integer(schema: dict) -> Validator:
     least = schema["minimum"]
     most = schema["maximum"]
 
-    def convert(value: Any, path: tuple, errors: list) -> int:
+    def validate(value: Any) -> int:
         if type(value) is not int:  # not bool, which is an int to isinstance
             if type(value) is not Decimal:
                 raise ValidationError("must be an integer")
@@ -951,15 +1035,15 @@ def integer_converter(schema: dict) -> Validator:
             raise ValidationError(f"must be {least} to {most}")
         return int(value)
 
-    return convert
+    return validate
 
 
-def number_converter(schema: dict) -> Validator:
+def compile_number(schema: dict) -> Validator:
     """A number with two decimals comes back in whole hundredths: a price in cents."""
     least = schema["minimum"]
     most = schema["maximum"]
 
-    def convert(value: Any, path: tuple, errors: list) -> int:
+    def validate(value: Any) -> int:
         if type(value) is not int and type(value) is not Decimal:
             raise ValidationError("must be a number")
         if not least <= value <= most:
@@ -968,25 +1052,25 @@ def number_converter(schema: dict) -> Validator:
             raise ValidationError("must have at most two decimals")
         return int(value * 100)
 
-    return convert
+    return validate
 
 
-def boolean_converter(schema: dict) -> Validator:
-    def convert(value: Any, path: tuple, errors: list) -> bool:
+def compile_boolean(schema: dict) -> Validator:
+    def validate(value: Any) -> bool:
         if type(value) is not bool:
             raise ValidationError("must be true or false")
         return value
 
-    return convert
+    return validate
 
 
-CONVERTERS = {
-    "object": object_converter,
-    "array": array_converter,
-    "string": string_converter,
-    "integer": integer_converter,
-    "number": number_converter,
-    "boolean": boolean_converter,
+COMPILERS = {
+    "object": compile_object,
+    "array": compile_array,
+    "string": compile_string,
+    "integer": compile_integer,
+    "number": compile_number,
+    "boolean": compile_boolean,
 }
 
 
@@ -1017,8 +1101,12 @@ ERROR_RESPONSES: dict[int, tuple[str, dict]] = {
     408: ("The request took too long to arrive.", {}),
     409: ("The stock does not suffice, or the order's status does not allow it.", {}),
     412: ("If-Match does not hold.", {}),
-    413: ("The body is over 1 MiB.", {}),
-    415: ("The body is not declared as JSON.", {"Accept": string_header()}),
+    411: ("The body has no length.", {}),
+    413: ("The body is over 128 KiB.", {}),
+    415: (
+        "The body is not declared as JSON, or is compressed.",
+        {"Accept": string_header(), "Accept-Encoding": string_header()},
+    ),
     417: ("Expect is not 100-continue.", {}),
     422: ("The request is not valid, or its Idempotency-Key belongs to another one.", {}),
     431: ("The headers are over 16 KiB.", {}),
@@ -1078,6 +1166,7 @@ def describe_schema(schema: dict) -> dict:
 def describe_error(text: str, headers: dict) -> dict:
     schema = {"$ref": "#/components/schemas/Problem"}
     content = {"application/problem+json": {"schema": schema}}
+    headers = {"Cache-Control": string_header(enum=["no-cache"]), **headers}
     return {"description": text, "headers": headers, "content": content}
 
 
@@ -1146,7 +1235,7 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
         401: needs_token,
         404: "<" in route.rule,
         409: spec.conflicts,
-        412: takes_if_match(route) or (has_etag(route) and route.method == "GET"),
+        412: has_etag(route) or route.method != "GET",
         415: spec.body is not None,
         503: route.callback not in (get_index, get_openapi),
     }
@@ -1161,7 +1250,8 @@ def describe_headers(route: bottle.Route, spec: Spec) -> dict:
         headers["Location"] = string_header()
     if has_etag(route) and spec.status != 204:
         headers["ETag"] = string_header()
-        headers["Cache-Control"] = string_header(enum=["no-cache"])
+    if route.method == "GET":
+        headers["Cache-Control"] = string_header(enum=["no-cache", "no-store"])
     if "limit" in spec.query["properties"]:
         headers["Link"] = string_header()
     return headers
@@ -1268,223 +1358,377 @@ def log_statement(sql: str) -> None:
 # ----------------------------------------------------------------------------------------- server
 # waitress without its worker threads: they and its main loop take the interpreter from each other.
 # One loop polls, serves the requests that have come in, commits once for all that write, and only
-# then sends their responses. It overrides internals of waitress, so the version is pinned and a
-# test watches them; each override says why it is there.
+# then sends their responses; reads that may take long run in one thread beside it. Of waitress
+# remain sockets and channels; what is overridden says why. The version is pinned, a test watches.
 
-MAX_HEADER = 16 << 10  # bytes
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+MAX_HEADER = 16 << 10  # bytes of a request's head, and of the trailers of a chunked body
+MAX_EMPTY_LINES = 8  # before a request
+MAX_SIZE_LINE = 256  # bytes of a chunk's size line
+MAX_CACHE = 32 << 20  # bytes of responses
+RECV_BYTES = 1 << 14
+MAX_JOINED = 1 << 16  # bytes of a body that is sent with its head in one piece
+TURN = 0.02  # seconds that the loop serves before it polls again
 IDLE_TIMEOUT = 30  # seconds of an idle connection, or for a request to arrive
 LOCK_TIMEOUT = 5  # seconds that a write waits for another process
 LINGER_TIMEOUT = 5  # seconds that a client has to read the last response
 DRAIN_TIMEOUT = 4.5  # seconds after a signal for the requests under way
-# What can never become a request: a first byte of no method, or a line feed without its CR.
-INVALID_START = re.compile(rb"^[\r\n]*[^\r\n!#$%&'*+.^_`|~0-9A-Za-z-]|(?<!\r)\n")
-LONG_WHITESPACE = re.compile(rb"[ \t]{64}")
-TRANSFER_CODING = re.compile(rb"\ntransfer-encoding[ \t]*:[ \t]*([^\r\n]*)", re.I)
+
+# A strict parser: RFC 9112, 2.1 to 5, where no two neighbours in a pattern can take the same byte,
+# so that each takes linear time.
+
+REQUEST_LINE = re.compile(
+    rb"""
+    (?P<method> [!#$%&'*+.^_`|~0-9A-Z-]+ ) [ ]
+    (?P<target> [^\x00-\x20\x7f#]+ ) [ ]  # bytes above 0x7f: curl sends what is typed
+    HTTP/ (?P<version> 1\.[01] ) \r\n
+    """,
+    re.VERBOSE,
+)
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELDS = re.compile(rb"(?:%b)*" % FIELD.pattern.replace(b"(", b"(?:"))
+# What never becomes a head, however long one waits: no method at its start, a bare LF or CR.
+INVALID = re.compile(rb"\A[^!#$%&'*+.^_`|~0-9A-Za-z\r-]|(?<!\r)\n|\r[^\n]")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+# RFC 9110, 7.2, without the comma, which stands between the values of two headers.
+AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
+HOST = re.compile(rf"(?:{AUTHORITY})?", re.ASCII)
+ABSOLUTE = re.compile(rf"https?://({AUTHORITY})(?=[/?]|\Z)", re.ASCII | re.IGNORECASE)
+SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+SIZE_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?")
 
 
-class RequestParser(waitress.parser.HTTPRequestParser):
-    """Refuses also what would stall waitress's parser, pass it, or could be read in two ways.
+class RequestParser:
+    """One request as it comes in: what waitress's channel asks of its parser, and no more."""
 
-    All of it could go if waitress read requests as strictly as RFC 9112 allows.
-    """
+    command = ""
+    version = "1.1"
+    target = ""
+    path = ""
+    query = ""
+    headers_finished = False
+    expect_continue = False  # the client waits for a 100 before it sends the body
+    completed = False
+    empty = True  # nothing but empty lines has come
+    error: Problem | None = None
+    empty_lines = 0
 
-    def __init__(self, adj):
-        super().__init__(adj)
+    def __init__(self, adj: object):
+        self.headers: dict[str, str] = {}
         self.received_at = time.monotonic()
+        self.head = b""  # as far as it has come
+        self.body = bytearray()
+        self.length = 0
+        self.chunks: Chunks | None = None
 
     def received(self, data: bytes) -> int:
-        consumed = super().received(data)
-        if not self.error:
-            self.check_progress()
-        if self.completed:  # waitress would ask for a body that is not to come, and wait for it
-            self.expect_continue = False
-        return consumed
-
-    def check_progress(self) -> None:
-        """Refuse at once what can no longer become a request."""
-        if not self.headers_finished:
-            if INVALID_START.search(self.header_plus):
-                self.refuse(Problem(400, "Malformed request: lines must end in CRLF."))
-            return
-        if not self.chunked:
-            return
-        framing = self.body_rcv.control_line
-        if len(self.body_rcv) > MAX_BODY:
-            self.refuse(too_large())
-        elif b"\n" in framing or len(framing) > 1024 or len(self.body_rcv.trailer) > MAX_HEADER:
-            self.refuse(Problem(400, "Malformed chunked body."))
+        """Take the bytes of this request from the data; return their number."""
+        try:
+            taken = 0 if self.headers_finished else self.receive_head(data)
+            if self.headers_finished:
+                taken += self.receive_body(data[taken:])
+            return taken
+        except Problem as problem:
+            self.refuse(problem)
+            return len(data)  # where the next request would start is unknown
 
     def refuse(self, problem: Problem) -> None:
-        self.error = waitress.utilities.BadRequest(problem)
+        if self.head.startswith(b"HEAD "):  # RFC 9110, 9.3.2: then not even errors have a body
+            self.command = "HEAD"
+        self.error = problem
+        self.empty = False
+        self.expect_continue = False
         self.completed = True
 
-    def parse_header(self, header_plus: bytes) -> None:
-        # The time of waitress's pattern for a field grows with the square of these.
-        if LONG_WHITESPACE.search(header_plus):
-            raise ParsingError("A header has too many blanks in a row.")
-        line, *rest = header_plus.split(b"\r\n", 1)
-        if not line.isascii():  # curl sends ?q=é as it is typed
-            line = quote(line, safe=string.printable).encode()
-        try:
-            super().parse_header(b"\r\n".join([line, *rest]))
-        except TransferEncodingNotImplemented:
-            raise ParsingError("The only transfer coding is chunked.") from None
-        except ValueError:
-            raise ParsingError("The target or the Content-Length cannot be read.") from None
-        self.check_length(TRANSFER_CODING.findall(header_plus))
-        self.check_head()
+    def receive_head(self, data: bytes) -> int:
+        searched = len(self.head)
+        self.head = self.skip_empty_lines(self.head + data)
+        self.empty = not self.head
+        end = self.head.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER) + 4
+        if end > 3:
+            unread = len(self.head) - end
+            self.read_head(self.head[: end - 2])
+            return len(data) - unread
+        if INVALID.search(self.head, max(searched - 1, 0), MAX_HEADER):
+            raise Problem(400, "Malformed request: lines must end in CRLF.")
+        if len(self.head) >= MAX_HEADER:
+            raise Problem(431, "The headers are larger than 16 KiB.")
+        return len(data)
 
-    def check_length(self, codings: list[bytes]) -> None:
-        """RFC 9112, 6.3: a length that could be read in two ways is an error."""
-        if codings and (
-            self.version != "1.1"
-            or "CONTENT_LENGTH" in self.headers
-            or [coding.strip().lower() for coding in codings] != [b"chunked"]
-        ):
-            raise ParsingError("Ambiguous message length.")
-        if self.content_length > MAX_BODY:
-            raise ParsingError(too_large())
+    def skip_empty_lines(self, head: bytes) -> bytes:
+        # RFC 9112, 2.2: an old client may send some behind the body of the request before.
+        if not head.startswith(b"\r\n"):
+            return head
+        end = EMPTY_LINES.match(head, 0, 2 * MAX_EMPTY_LINES + 2).end()  # type: ignore[union-attr]
+        self.empty_lines += end // 2
+        if self.empty_lines > MAX_EMPTY_LINES:
+            raise Problem(400, "Malformed request: too many empty lines.")
+        return head[end:]
 
-    def check_head(self) -> None:
-        if self.version not in ("1.0", "1.1"):
-            raise ParsingError("The request line must end in HTTP/1.1 or HTTP/1.0.")
-        if "," in self.headers.get("HOST", ""):
-            raise ParsingError("There must be one Host.")
-        expectation = self.headers.get("EXPECT", "100-continue").lower()
-        if self.version == "1.1" and expectation != "100-continue":
-            raise ParsingError(
-                Problem(417, "The only expectation that can be met is 100-continue.")
-            )
+    def read_head(self, head: bytes) -> None:
+        if INVALID.search(head):
+            raise Problem(400, "Malformed request: lines must end in CRLF.")
+        line = REQUEST_LINE.match(head)
+        if not line:
+            raise Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
+        self.command = line["method"].decode()
+        self.version = line["version"].decode()
+        self.read_fields(head, line.end())
+        self.read_target(line["target"])
+        self.read_framing()
+        self.headers_finished = True
+
+    def read_fields(self, head: bytes, start: int) -> None:
+        if not FIELDS.fullmatch(head, start):
+            raise Problem(400, "Malformed header.")
+        headers = self.headers
+        for name, value in FIELD.findall(head, start):
+            if b"_" in name:  # in environ it would pass for the name with a hyphen
+                continue
+            key = name.decode().upper().replace("-", "_")
+            text = value.strip(b" \t").decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        host = headers.get("HOST", "" if self.version == "1.0" else None)
+        if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
+            raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
+
+    def read_target(self, raw: bytes) -> None:
+        target = raw.decode() if raw.isascii() else quote(raw, safe=string.printable)
+        self.target = target
+        if not target.startswith("/"):
+            target = self.origin_form(target)
+        path, _, self.query = target.partition("?")
+        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
+
+    def origin_form(self, target: str) -> str:
+        if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
+            return target  # RFC 9112, 3.2.3 and 3.2.4: a path of no route
+        absolute = ABSOLUTE.match(target)
+        if not absolute:
+            raise Problem(400, "Malformed request line: the target must start with a slash.")
+        self.headers["HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
+        rest = target[absolute.end() :]
+        return rest if rest.startswith("/") else "/" + rest
+
+    def read_framing(self) -> None:
+        # RFC 9112, 6.1 and 6.3: what could be read in two ways is a way to smuggle requests.
+        length = self.headers.get("CONTENT_LENGTH")
+        coding = self.headers.pop("TRANSFER_ENCODING", None)
+        if coding is not None:
+            if length is not None or self.version == "1.0":
+                raise Problem(400, "Ambiguous message length.")
+            if coding.lower() != "chunked":
+                raise Problem(400, "The only transfer coding is chunked.")
+            self.chunks = Chunks(self.body)
+        elif length is not None:
+            self.length = read_length(length)
+        expectation = self.headers.get("EXPECT")
+        if expectation and self.version == "1.1":  # RFC 9110, 10.1.1
+            if expectation.lower() != "100-continue":
+                raise Problem(417, "The only expectation that can be met is 100-continue.")
+            self.expect_continue = coding is not None or self.length > 0
+
+    def receive_body(self, data: bytes) -> int:
+        if self.chunks:
+            taken = self.chunks.received(data)
+            self.completed = self.chunks.completed
+        else:
+            part = data[: self.length - len(self.body)]
+            self.body += part
+            taken = len(part)
+            self.completed = len(self.body) == self.length
+        if self.completed:
+            self.expect_continue = False
+        return taken
+
+    def keeps_connection(self) -> bool:
+        wishes = self.headers.get("CONNECTION", "").lower()
+        if self.version == "1.0":
+            return "keep-alive" in wishes
+        return "close" not in wishes
+
+    def close(self) -> None:
+        """Nothing is open; waitress calls it."""
 
 
-class ResponseHeaderMixin:
-    """The head of a response, as both of waitress's tasks send it."""
-
-    def __init__(self, channel, request):
-        super().__init__(channel, request)
-        channel.task = self
-        self.received_at = channel.received_at
-
-    def build_response_header(self):
-        # waitress's own closes the connection after a 204 or 304, for want of a length.
-        wishes = self.request.headers.get("CONNECTION", "").lower().replace(" ", "").split(",")
-        if "close" in wishes or (self.version == "1.0" and "keep-alive" not in wishes):
-            self.close_on_finish = True
-        lines = [
-            f"HTTP/{self.version} {self.status}",
-            *map(": ".join, self.response_headers),
-            f"Date: {self.channel.server.loop.date}",
-        ]
-        if self.close_on_finish:
-            lines.append("Connection: close")
-        elif self.version == "1.0":
-            lines.append("Connection: keep-alive")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+def read_length(text: str) -> int:
+    if "," in text:
+        raise Problem(400, "Ambiguous message length.")
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise Problem(400, "Content-Length must be a number.")
+    if int(text) > MAX_BODY:
+        raise too_large()
+    return int(text)
 
 
-class Task(ResponseHeaderMixin, waitress.task.WSGITask):
-    """A request that the application answers."""
+class Chunks:
+    """A chunked body (RFC 9112, 7.1), read in linear time however small its chunks are."""
+
+    def __init__(self, body: bytearray):
+        self.body = body
+        self.completed = False
+        self.pending = b""  # a line of which the end has not come
+        self.missing = 0  # bytes of the chunk, and of the CRLF behind it
+        self.in_trailers = False
+        self.line_limit = MAX_SIZE_LINE
+        self.framing = 0
+
+    def received(self, data: bytes) -> int:
+        pending = len(self.pending)
+        data = self.pending + data
+        self.pending = b""
+        position = 0
+        while position < len(data) and not self.completed:
+            if self.missing:
+                position = self.read_chunk(data, position)
+            else:
+                position = self.read_line(data, position)
+        return position - pending
+
+    def read_chunk(self, data: bytes, position: int) -> int:
+        part = data[position : position + self.missing]
+        self.body += part
+        self.missing -= len(part)
+        if not self.missing:
+            self.require(self.body.endswith(b"\r\n"))
+            del self.body[-2:]
+        return position + len(part)
+
+    def read_line(self, data: bytes, position: int) -> int:
+        end = data.find(b"\n", position, position + self.line_limit) + 1
+        if not end:
+            self.pending = data[position : position + self.line_limit]
+            self.require(len(self.pending) < self.line_limit)
+            self.require(self.in_trailers or SIZE_LINE_START.fullmatch(self.pending))
+            return len(data)
+        if self.in_trailers:
+            self.read_trailer(data[position:end])
+        else:
+            self.read_size(data[position:end])
+        return end
+
+    def read_size(self, line: bytes) -> None:
+        match = SIZE_LINE.fullmatch(line)
+        self.framing += len(line) + 2
+        self.require(match and self.framing <= MAX_BODY)
+        size = int(match[1], 16)  # type: ignore[index]
+        if len(self.body) + size > MAX_BODY:
+            raise too_large()
+        if size:
+            self.missing = size + 2
+        else:
+            self.in_trailers = True
+            self.line_limit = MAX_HEADER
+
+    def read_trailer(self, line: bytes) -> None:
+        # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
+        self.line_limit -= len(line)
+        self.completed = line == b"\r\n"
+        self.require(self.completed or FIELD.fullmatch(line))
+
+    def require(self, condition: object) -> None:
+        if not condition:
+            raise Problem(400, "Malformed chunked body.")
 
 
-class ErrorTask(ResponseHeaderMixin, waitress.task.ErrorTask):
-    """A request that the server refuses: as problem details, where waitress has plain text."""
+# Batches.
 
-    def execute(self):
-        error = self.request.error
-        problem = error.body
-        if not isinstance(problem, Problem):
-            problem = Problem(error.code, str(error.body))
-        self.status = problem.status_line
-        self.content_length = len(problem.body)
-        self.close_on_finish = True
-        length = ("Content-Length", str(self.content_length))
-        self.response_headers = [*problem.headerlist, length]
-        self.write(problem.body)
+
+class Response(NamedTuple):
+    status: str
+    head: bytes  # but Date, Connection and the empty line
+    body: bytes
+    is_cacheable: bool = False
+
+
+def make_response(status: str, headers: list, body: bytes) -> Response:
+    lines = [f"HTTP/1.1 {status}", *map(": ".join, headers), ""]
+    is_cacheable = any(name == "ETag" for name, _ in headers)
+    return Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_cacheable)
+
+
+def problem_response(problem: Problem) -> Response:
+    headers = [*problem.headerlist, ("Content-Length", str(len(problem.body)))]
+    return make_response(problem.status_line, headers, problem.body)
+
+
+def call_app(app: Application, environ: dict) -> Response:
+    started: list = []
+    chunks = app(environ, lambda *start: started.append(start))
+    body = b"".join(chunks)
+    status, headers, *_ = started[-1]
+    return make_response(status, headers, body)
 
 
 class Channel(waitress.channel.HTTPChannel):
-    """A connection. What is to be sent waits in `output`, and head and body leave together.
+    """A connection. Responses wait in `output` for the commit.
 
-    Its overrides could go if waitress could serve without worker threads: they take away locks and
-    buffers that stand between a loop and its threads, and let a client read its last response.
+    waitress's own serves in a thread of its own, with locks and buffers between it and the loop;
+    and it closes a connection at once, so that a client that still sends may lose its response.
     """
 
-    task_class = Task
-    error_task_class = ErrorTask
     parser_class = RequestParser
-    task: Any = None
+    output_bytes = 0
     lingering_until = 0.0  # a connection that is closed for writing is read until then
     received_at = 0.0  # when the request was complete
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, server, *args, **kwargs):
         self.output = collections.deque()
-        super().__init__(*args, **kwargs)
-
-    def write_soon(self, data):
-        if not self.connected:
-            raise waitress.channel.ClientDisconnected
-        if data:
-            self.output.append(data)
-            self.total_outbufs_len += len(data)
-        return len(data)
-
-    def _flush_some(self, do_close=True):
-        while self.output:
-            try:
-                sent = self.socket.sendmsg(itertools.islice(self.output, 64))
-            except BlockingIOError:
-                return
-            self.last_activity = time.time()
-            self.total_outbufs_len -= sent
-            while self.output and sent >= len(self.output[0]):
-                sent -= len(self.output.popleft())
-            if sent:
-                self.output[0] = memoryview(self.output[0])[sent:]
-
-    def send_continue(self):
-        # waitress's own flushes at once, before the commit of what waits to be sent.
-        self.request.expect_continue = False
-        self.sent_continue = True
-        self.write_soon(b"HTTP/1.1 100 Continue\r\n\r\n")
+        super().__init__(server, *args, **kwargs)
+        self.last_activity = time.monotonic()
+        server.loop.poller.watch(self)
 
     def readable(self):
-        return self.lingering_until > 0 or super().readable()
+        is_busy = self.output or self.requests or self.will_close or self.close_when_flushed
+        return self.lingering_until or not is_busy
+
+    def writable(self):
+        return self.output or self.will_close or self.close_when_flushed
 
     def handle_read(self):
         try:
-            data = self.socket.recv(self.adj.recv_bytes)
+            data = self.socket.recv(RECV_BYTES)
         except OSError:
             return self.handle_close()
         if self.lingering_until:
             return None if data else self.handle_close()
         if data:
-            self.last_activity = time.time()
+            self.last_activity = time.monotonic()
             self.received(data)
-        elif self.request:
+        elif self.request and not self.request.empty:
             self.refuse(Problem(400, "The request ended before it was complete."))
         else:
             self.handle_close()
 
-    def handle_write(self):
-        self._flush_exception(self._flush_some)
-        if self.will_close:
-            self.handle_close()
-        elif not self.output and self.close_when_flushed:
-            self.lingering_close()
-        elif not self.output and self.requests:
-            self.server.add_task(self)
+    def respond(self, response):
+        """Queue the response to the first request."""
+        request = self.requests.pop(0)
+        self.served = (request, response, self.received_at)
+        is_last = request.error or not request.keeps_connection()
+        if self.server.loop.stopped_at and not self.requests:
+            is_last = True
+        connection = b"\r\n"
+        if is_last:
+            connection = b"Connection: close\r\n\r\n"
+        elif request.version == "1.0":
+            connection = b"Connection: keep-alive\r\n\r\n"
+        head = response.head + self.server.loop.date + connection
+        if request.command == "HEAD":
+            self.output.append(head)
+        elif len(response.body) < MAX_JOINED:
+            self.output.append(head + response.body)
+        else:
+            self.output += [head, response.body]
+        if is_last:
+            self.requests = []
+            self.close_when_flushed = True
+        elif not self.requests and self.request and self.request.expect_continue:
+            self.send_continue()
 
-    def handle_expt(self) -> None:
-        # Urgent data are no part of HTTP, and poll tells of them without end.
-        self.handle_close()
-
-    def lingering_close(self):
-        """Close for writing only: a client that still sends would lose its response to a reset."""
-        self.close_when_flushed = False
-        self.lingering_until = time.monotonic() + LINGER_TIMEOUT
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
+    def send_continue(self):
+        # waitress's own flushes at once, before the commit of what waits to be sent.
+        self.request.expect_continue = False
+        self.sent_continue = True
+        self.output.append(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def refuse(self, problem):
         """Answer a request that has not come in full, and close."""
@@ -1494,90 +1738,245 @@ class Channel(waitress.channel.HTTPChannel):
         self.server.add_task(self)
 
     def replace_response(self, problem):
-        """Send the problem in place of what waits to be sent, and close."""
-        request = self.task.request
-        self.requests = []
+        """Send the problem in place of the response that waits, and close."""
+        request, *_ = self.served
+        request.error = problem
         self.output.clear()
-        self.total_outbufs_len = 0
-        self.close_when_flushed = True
-        request.error = waitress.utilities.BadRequest(problem)
-        ErrorTask(self, request).service()
+        self.requests = [request]
+        self.respond(problem_response(problem))
+
+    def flush(self):
+        while self.output:
+            data = self.output[0]
+            sent = self.socket.send(data)
+            self.last_activity = time.monotonic()
+            if sent < len(data):
+                self.output[0] = memoryview(data)[sent:]
+            else:
+                self.output.popleft()
+
+    def handle_write(self):
+        try:
+            self.flush()
+        except BlockingIOError:
+            return
+        except OSError:
+            self.will_close = True
+        if self.will_close:
+            self.handle_close()
+        elif self.close_when_flushed:
+            self.lingering_close()
+        elif self.requests:
+            self.server.add_task(self)
+
+    def handle_expt(self):
+        # Urgent data are no part of HTTP, and poll tells of them without end.
+        self.handle_close()
+
+    def lingering_close(self):
+        """Close for writing only: a reset would take the response from one that still sends."""
+        self.close_when_flushed = False
+        self.lingering_until = time.monotonic() + LINGER_TIMEOUT
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def check_timeouts(self, now):
+        request = self.request
+        if self.lingering_until:
+            self.will_close = self.lingering_until < now
+        elif self.requests and not self.output:
+            return  # for the write lock, or a slow read
+        elif request and not request.empty and request.received_at < now - IDLE_TIMEOUT:
+            self.refuse(Problem(408, f"The request took more than {IDLE_TIMEOUT} s to arrive."))
+        elif self.last_activity < now - IDLE_TIMEOUT:
+            self.will_close = True
 
 
 class Server(waitress.server.TcpWSGIServer):
-    """A listening socket. Its overrides stand for the threads that waitress would wake."""
+    """A listening socket. waitress's own wakes threads, and trusts the wall clock."""
 
     channel_class = Channel
 
     def __init__(self, loop, *args, **kwargs):
         self.loop = loop
         super().__init__(*args, **kwargs)
+        self.environ: dict[str, Any] = {
+            "SERVER_NAME": self.server_name,
+            "SERVER_PORT": str(self.effective_port),
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "SCRIPT_NAME": "",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            "wsgi.input_terminated": True,
+        }
 
-    def handle_accept(self) -> None:
+    def readable(self):
+        return self.accepting and len(self._map) < self.adj.connection_limit
+
+    def handle_accept(self):
         # waitress accepts one connection each time it polls: accept all that wait.
         before = -1
         while before < len(self.active_channels) and len(self._map) < self.adj.connection_limit:
             before = len(self.active_channels)
             super().handle_accept()
 
-    def add_task(self, channel: Channel) -> None:
+    def add_task(self, channel):
         # With output left it comes again when all is sent: responses leave in their order.
         if not channel.output:
             channel.received_at = time.perf_counter()
             self.loop.ready.append(channel)
 
-    def pull_trigger(self) -> None:
-        """Nobody is to be woken: the thread that would call this is the loop's."""
+    def make_environ(self, channel: Channel, request: RequestParser) -> dict:
+        environ: dict[str, Any] = {f"HTTP_{key}": text for key, text in request.headers.items()}
+        environ |= self.environ
+        environ["REQUEST_METHOD"] = request.command
+        environ["PATH_INFO"] = request.path
+        environ["QUERY_STRING"] = request.query
+        environ["REMOTE_ADDR"] = channel.addr[0]
+        environ["CONTENT_TYPE"] = request.headers.get("CONTENT_TYPE", "")
+        environ["CONTENT_LENGTH"] = str(len(request.body))
+        environ["wsgi.input"] = io.BytesIO(request.body)
+        return environ
 
-    def maintenance(self, now: float) -> None:
-        # waitress's own knows no slow requests, and would close what waits for the lock.
-        for channel in list(self.active_channels.values()):
-            if channel.lingering_until:
-                channel.will_close = channel.lingering_until < time.monotonic()
-            elif not channel.requests:
-                self.check_timeouts(channel, now)
-            elif channel.output and channel.last_activity < now - IDLE_TIMEOUT:
-                channel.will_close = True
 
-    def check_timeouts(self, channel: Channel, now: float) -> None:
-        request = channel.request
-        if request and request.received_at < time.monotonic() - IDLE_TIMEOUT:
-            channel.refuse(
-                Problem(408, f"The request took more than {IDLE_TIMEOUT} seconds to arrive.")
-            )
-        elif channel.last_activity < now - IDLE_TIMEOUT:
-            channel.will_close = True
+class Poller:
+    """Knows what each socket waits for. waitress asks every socket whenever it polls."""
+
+    def __init__(self) -> None:
+        self.map: dict[int, Any] = {}  # as waitress's dispatchers keep it: by descriptor
+        self.poll = select.poll()
+        self.flags: dict[int, int] = {}
+
+    def watch(self, dispatcher: Any) -> None:
+        """Look again at what a socket waits for, after whatever may have changed it."""
+        descriptor = dispatcher._fileno
+        if descriptor is None:
+            return
+        flags = 0
+        if dispatcher.readable():
+            flags |= select.POLLIN | select.POLLPRI
+        if not dispatcher.accepting and dispatcher.writable():
+            flags |= select.POLLOUT
+        if flags != self.flags.get(descriptor):
+            self.flags[descriptor] = flags
+            self.poll.register(descriptor, flags)
+
+    def handle_events(self, seconds: float) -> None:
+        for descriptor, events in self.poll.poll(seconds * 1000):
+            dispatcher = self.map.get(descriptor)
+            if dispatcher is None or events & select.POLLNVAL:
+                # Closed meanwhile; a new connection may already have the descriptor.
+                self.poll.unregister(descriptor)
+                del self.flags[descriptor]
+                if dispatcher:
+                    self.watch(dispatcher)
+                continue
+            waitress.wasyncore.readwrite(dispatcher, events)
+            self.watch(dispatcher)
+
+
+class Cache:
+    """Responses to GETs, as long as nothing in the database has changed."""
+
+    def __init__(self) -> None:
+        self.version: object = None  # of the data
+        self.responses: dict[tuple, Response] = {}
+        self.size = 0
+
+    def refresh(self, version: object) -> None:
+        if version is None or version != self.version:
+            self.responses.clear()
+            self.size = 0
+        self.version = version
+
+    def add(self, version: object, key: tuple, response: Response) -> None:
+        size = len(response.head) + len(response.body) + sum(len(part or "") for part in key)
+        if version is None or version != self.version or not response.is_cacheable:
+            return
+        if size > MAX_CACHE or key in self.responses:
+            return
+        self.responses[key] = response
+        self.size += size
+        while self.size > MAX_CACHE:
+            oldest = next(iter(self.responses))
+            dropped = self.responses.pop(oldest)
+            self.size -= len(dropped.head) + len(dropped.body) + sum(map(len, filter(None, oldest)))
+
+
+def cache_key(request: RequestParser) -> tuple:
+    get = request.headers.get
+    return (
+        request.target,
+        get("IF_MATCH"),
+        get("IF_NONE_MATCH"),
+        get("AUTHORIZATION"),
+        get("ORIGIN"),
+    )
+
+
+class SlowReads(threading.Thread):
+    """Runs reads that may take long, one after the other, while the loop serves others.
+
+    SQLite does its work without the interpreter, so the loop hardly notices.
+    """
+
+    def __init__(self, app: Application, wake: Callable[[], None]):
+        super().__init__(daemon=True)
+        self.app = app
+        self.wake = wake
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self.waiting: dict[tuple, list[Channel]] = {}  # equal reads of one state are run once
+        self.finished: collections.deque = collections.deque()
+
+    def add(self, channel: Channel, job: tuple, environ: dict) -> None:
+        channels = self.waiting.setdefault(job, [])
+        channels.append(channel)
+        if len(channels) == 1:
+            self.queue.put((job, environ))
+
+    def run(self) -> None:
+        while item := self.queue.get():
+            job, environ = item
+            self.finished.append((job, call_app(self.app, environ)))
+            self.wake()
+
+    def close(self) -> None:
+        self.queue.put(None)
+        self.join(0.5)
 
 
 class Loop:
     """Serves an application in the calling thread until a signal ends it."""
 
     def __init__(self, app: Application, settings: Settings):
+        self.app = app
         self.store = app.store
         self.log = Log() if settings.access_log and sys.stdout else None
-        self.map: dict[int, Any] = {}
+        self.poller = Poller()
+        self.map = self.poller.map
         self.ready: list[Channel] = []
         self.waiting = False  # for the write lock
         self.stopped_at: float | None = None
-        self.date = ""
+        self.next_check = 0.0  # of timeouts
+        self.date = b""
+        self.cache = Cache()
         adj = waitress.adjustments.Adjustments(
             host=settings.host,
             port=settings.port,
-            ident=None,
             clear_untrusted_proxy_headers=False,
-            recv_bytes=1 << 16,
-            outbuf_high_watermark=1 << 62,  # above it waitress waits for a second thread
-            max_request_header_size=MAX_HEADER + 1,
-            max_request_body_size=8 << 20,
-            inbuf_overflow=16 << 20,
             connection_limit=allow_connections(),
-            cleanup_interval=1,
-            log_socket_errors=False,
         )
         self.servers = [
             Server(self, app, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
             for sockinfo in adj.listen
         ]
+        for dispatcher in list(self.map.values()):  # the sockets that listen, and their triggers
+            self.poller.watch(dispatcher)
+        self.slow_reads = SlowReads(app, self.servers[0].pull_trigger)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
 
@@ -1589,9 +1988,13 @@ class Loop:
         return f"http://{host}:{self.servers[0].effective_port}/"
 
     def run(self) -> None:
+        sys.setswitchinterval(0.0005)  # seconds: a slow read gives way soon
+        self.slow_reads.start()
         while not self.stopped_at or self.drain():
             self.poll()
+            self.check_timeouts()
             self.serve_batch()
+        self.slow_reads.close()
         waitress.wasyncore.close_all(self.map)
 
     def poll(self) -> None:
@@ -1600,57 +2003,123 @@ class Loop:
             pause = 0.01
         elif self.ready:
             pause = 0
-        waitress.wasyncore.poll2(pause, self.map)
+        self.poller.handle_events(pause)
         known = 0
-        while len(self.ready) > known:  # what comes while the first are read shares their commit
+        # What comes while the first are read shares their commit.
+        while any(is_write(channel.requests[0]) for channel in self.ready[known:]):
             known = len(self.ready)
-            waitress.wasyncore.poll2(0, self.map)
+            self.poller.handle_events(0)
+
+    def check_timeouts(self) -> None:
+        now = time.monotonic()
+        if now > self.next_check:
+            self.next_check = now + 1
+            for dispatcher in list(self.map.values()):
+                if isinstance(dispatcher, Channel):
+                    dispatcher.check_timeouts(now)
+                self.poller.watch(dispatcher)
+
+    def channels(self) -> list[Channel]:
+        return [channel for channel in self.map.values() if isinstance(channel, Channel)]
 
     def serve_batch(self) -> None:
-        """Serve every request that has come in; all that write share one transaction."""
-        self.date = waitress.utilities.build_http_date(time.time())
-        channels = [channel for channel in self.ready if channel.connected]
+        """Serve the requests that have come in; all that write share one transaction."""
+        channels = [channel for channel in self.ready if channel.connected and channel.requests]
+        finished = list(self.slow_reads.finished)
+        if not channels and not finished:
+            self.ready = []
+            return
+        self.date = date_line(int(time.time()))
+        self.cache.refresh(self.data_version())
         self.ready = []
         self.waiting = False
         writers = [channel for channel in channels if is_write(channel.requests[0])]
-        in_group = False
-        if writers:
-            try:
-                self.store.begin()
-                in_group = True
-            except db.DatabaseBusy:  # reads go on, and the writes try again
-                channels = self.postpone(channels, writers)
-            except db.DatabaseUnavailable:
-                pass  # each write finds out by itself, and says so
-        for channel in channels:
-            if self.stopped_at:
-                channel.requests[0].headers["CONNECTION"] = "close"
-            channel.service()
+        in_group = bool(writers) and self.begin(writers)
+        served = self.serve([channel for channel in channels if channel not in self.ready])
         if in_group:
-            self.commit(writers)
-        for channel in channels:
+            self.commit([channel for channel in writers if channel in served])
+        served += self.finish_slow_reads()
+        for channel in served:
             if channel.connected:
                 channel.handle_write()
-        if self.log and channels:
+                self.poller.watch(channel)
+        if self.log:
             stamp = db.timestamp()
-            self.log.write("".join(access_line(stamp, channel) for channel in channels))
+            self.log.write("".join(access_line(stamp, channel) for channel in served))
 
-    def postpone(self, channels: list, writers: list) -> list:
-        """Let writes wait that have not yet waited too long; return what is left to serve."""
-        now = time.perf_counter()
-        self.ready = [
-            channel for channel in writers if now - channel.received_at < self.lock_timeout()
-        ]
-        self.waiting = bool(self.ready)
-        return [channel for channel in channels if channel not in self.ready]
+    def data_version(self) -> object:
+        try:
+            return self.store.data_version()
+        except db.DatabaseUnavailable:
+            return None
 
-    def commit(self, writers: list) -> None:
+    def begin(self, writers: list[Channel]) -> bool:
+        """Begin the transaction of a batch; while another process has the lock, writes wait."""
+        try:
+            self.store.begin()
+            return True
+        except db.DatabaseBusy:
+            now = time.perf_counter()
+            timeout = self.lock_timeout()
+            self.ready = [channel for channel in writers if now - channel.received_at < timeout]
+            self.waiting = bool(self.ready)
+        except db.DatabaseUnavailable:
+            pass  # each write finds out by itself, and says so
+        return False
+
+    def serve(self, channels: list[Channel]) -> list[Channel]:
+        """Queue the response of each channel's request, for one turn; return those served."""
+        deadline = time.perf_counter() + TURN
+        served = []
+        for position, channel in enumerate(channels):
+            if time.perf_counter() > deadline:
+                self.ready += channels[position:]
+                break
+            response = self.respond(channel, channel.requests[0])
+            if response:
+                channel.respond(response)
+                served.append(channel)
+        return served
+
+    def respond(self, channel: Channel, request: RequestParser) -> Response | None:
+        """The response to a request, or None where it comes later, from a slow read."""
+        if request.error:
+            return problem_response(request.error)
+        server = channel.server
+        if request.command not in ("GET", "HEAD"):
+            return call_app(self.app, server.make_environ(channel, request))
+        key = cache_key(request)
+        response = self.cache.responses.get(key)
+        if response:
+            return response
+        environ = server.make_environ(channel, request)
+        environ["REQUEST_METHOD"] = "GET"  # to HEAD only the body is not sent
+        if self.app.is_slow(request.path):
+            # Where the version is unknown, no two reads are known to be of one state.
+            version = object() if self.cache.version is None else self.cache.version
+            self.slow_reads.add(channel, (version, key), environ)
+            return None
+        response = call_app(self.app, environ)
+        self.cache.add(self.cache.version, key, response)
+        return response
+
+    def finish_slow_reads(self) -> list[Channel]:
+        served = []
+        while self.slow_reads.finished:
+            (version, key), response = self.slow_reads.finished.popleft()
+            self.cache.add(version, key, response)
+            for channel in self.slow_reads.waiting.pop((version, key)):
+                if channel.connected:
+                    channel.respond(response)
+                    served.append(channel)
+        return served
+
+    def commit(self, writers: list[Channel]) -> None:
         try:
             self.store.commit()
         except db.DatabaseUnavailable as error:
             for channel in writers:
-                if channel.connected:
-                    channel.replace_response(unavailable(error))
+                channel.replace_response(unavailable(error))
 
     def lock_timeout(self) -> float:
         if self.stopped_at and time.monotonic() > self.stopped_at + 2:
@@ -1661,7 +2130,7 @@ class Loop:
         if self.stopped_at:
             os._exit(128 + number)
         self.stopped_at = time.monotonic()
-        self.servers[0].trigger.pull_trigger()
+        self.servers[0].pull_trigger()
 
     def drain(self) -> bool:
         """Take no more requests; whether there is something left to answer, and time for it."""
@@ -1670,10 +2139,10 @@ class Loop:
                 self.stop_accepting(server)
                 return True
         elapsed = time.monotonic() - (self.stopped_at or 0)
-        channels = [channel for channel in self.map.values() if isinstance(channel, Channel)]
-        for channel in channels:
+        for channel in self.channels():
             self.drain_channel(channel, elapsed)
-        return any(channel.connected for channel in channels)
+            self.poller.watch(channel)
+        return any(channel.connected for channel in self.channels())
 
     def stop_accepting(self, server: Server) -> None:
         server.handle_accept()  # what connected before the signal may have sent its request
@@ -1691,14 +2160,19 @@ class Loop:
             channel.lingering_close()
 
 
+@functools.lru_cache(maxsize=1)
+def date_line(second: int) -> bytes:
+    return b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
+
+
 def is_write(request: RequestParser) -> bool:
-    return not request.error and request.command not in SAFE_METHODS
+    return not request.error and request.command not in ("GET", "HEAD", "OPTIONS")
 
 
 class Log:
     """Standard output, as long as somebody reads it: a full pipe must not stop the shop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.descriptor = sys.stdout.fileno()
         self.poll = select.poll()
         self.poll.register(self.descriptor, select.POLLOUT)
@@ -1715,16 +2189,18 @@ class Log:
 
 
 def access_line(stamp: str, channel: Channel) -> str:
-    task = channel.task
-    request = task.request
-    method = "-" if request.error else request.command
-    path = "-" if request.error else request.request_uri.partition("?")[0]
+    request, response, received_at = channel.served
+    method = "-"
+    path = "-"
+    if not request.error:
+        method = request.command
+        path = request.target.partition("?")[0]
     if not (path.isascii() and path.isprintable()):
         path = quote(path, safe=string.punctuation, encoding="latin-1")
-    milliseconds = (time.perf_counter() - task.received_at) * 1000
+    size = 0 if request.command == "HEAD" else len(response.body)
+    milliseconds = (time.perf_counter() - received_at) * 1000
     return (
-        f"{stamp} {channel.addr[0]} {method} {path} {task.status[:3]} "
-        f"{task.content_bytes_written} {milliseconds:.1f}\n"
+        f"{stamp} {channel.addr[0]} {method} {path} {response.status} {size} {milliseconds:.1f}\n"
     )
 
 
