@@ -831,7 +831,8 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.lower()
     letters = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+    folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return folded.casefold().replace("ı", "i")  # whose capital is that of i
 
 
 def search_row(product: dict | sqlite3.Row) -> dict:
