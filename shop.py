@@ -1928,6 +1928,7 @@ class SlowReads(threading.Thread):
         super().__init__(daemon=True)
         self.app = app
         self.wake = wake
+        self.is_closing = False
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: dict[tuple, list[Channel]] = {}  # equal reads of one state are run once
         self.finished: collections.deque = collections.deque()
@@ -1939,14 +1940,18 @@ class SlowReads(threading.Thread):
             self.queue.put((job, environ))
 
     def run(self) -> None:
-        while item := self.queue.get():
+        while (item := self.queue.get()) and not self.is_closing:
             job, environ = item
-            self.finished.append((job, call_app(self.app, environ)))
+            response = None
+            if any(channel.connected for channel in self.waiting[job]):
+                response = call_app(self.app, environ)
+            self.finished.append((job, response))
             self.wake()
 
     def close(self) -> None:
+        self.is_closing = True
         self.queue.put(None)
-        self.join(0.5)
+        self.join(3)
 
 
 class Loop:
@@ -2107,11 +2112,16 @@ class Loop:
         served = []
         while self.slow_reads.finished:
             (version, key), response = self.slow_reads.finished.popleft()
-            self.cache.add(version, key, response)
+            if response:
+                self.cache.add(version, key, response)
             for channel in self.slow_reads.waiting.pop((version, key)):
-                if channel.connected:
+                if not channel.connected:
+                    continue
+                if response:
                     channel.respond(response)
                     served.append(channel)
+                else:  # it came when all the others had gone
+                    self.ready.append(channel)
         return served
 
     def commit(self, writers: list[Channel]) -> None:

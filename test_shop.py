@@ -2729,14 +2729,15 @@ def test_a_search_finds_each_word_in_any_order_ignoring_case_and_accents(shop):
     for name, description in [
         ("Blue Café", ""),
         ("Cafe", "with a BLÜE rim"),
-        ("Straße nach İstanbul", "E\u0301tude, ﬁne, Kadıköy"),
+        ("Straße nach İstanbul", "E\u0301tude, ﬁne"),
         ("blueberry", "100% \\ _ 'quoted'"),
+        ("Kadıköy", ""),
     ]:
         shop.product(name=name, description=description)
     for q, ids in [
         ("cafe blue", [1, 2]),
         ("BLUE   cafe\t", [1, 2]),
-        ("KADIKÖY", [3]),
+        ("KADIKÖY", [5]),
         ("cafe blue rim", [2]),
         ("blue", [1, 2, 4]),
         ("lue caf", [1, 2]),
@@ -2753,8 +2754,8 @@ def test_a_search_finds_each_word_in_any_order_ignoring_case_and_accents(shop):
         ("0% _", [4]),
         ("'quoted' \\", [4]),
         ("%", [4]),
-        ("", [1, 2, 3, 4]),
-        (" \u3000 ", [1, 2, 3, 4]),
+        ("", [1, 2, 3, 4, 5]),
+        (" \u3000 ", [1, 2, 3, 4, 5]),
         (" ".join(f"{number}" for number in range(1000)), []),
         (" ".join(["blue"] * 1000), [1, 2, 4]),
         (" ".join(["b", "l", "u", "e", "r", "y"] * 300), [4]),
