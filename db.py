@@ -13,7 +13,9 @@ with, and all share the one that writes.
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -23,10 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
+MAX_ID = 10**18 - 1
 KEY_TTL = 24 * 3600  # seconds
+WAL_WARNING_BYTES = 100_000_000
+
+log = logging.getLogger("shop")
 
 
 # ------------------------------------------------------------------------------------ exceptions
@@ -93,6 +99,23 @@ class DatabaseUnavailable(Exception):
     """The database cannot do this now, and nothing was changed."""
 
 
+class OutcomeUnknown(DatabaseUnavailable):
+    """A commit failed so that what it held may, or may not, be there after a crash."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The database failed while it stored this. It may or may not have been stored: "
+            "check before you retry, or use an Idempotency-Key."
+        )
+
+
+class IdsUsedUp(DatabaseUnavailable):
+    """AUTOINCREMENT has come to the end of what an id may be."""
+
+    def __init__(self) -> None:
+        super().__init__("The ids are used up: nothing more can be added to this database.")
+
+
 class DatabaseBusy(DatabaseUnavailable):
     """Another connection holds the write lock."""
 
@@ -123,6 +146,15 @@ def translate_error(error: sqlite3.Error) -> Exception:
     if code in UNAVAILABLE_CODES:
         return DatabaseUnavailable(UNAVAILABLE_CODES[code])
     return error
+
+
+def file_id(path: Path) -> tuple | None:
+    """What tells a file from another one put in its place; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def timestamp(seconds_ago: float = 0) -> str:
@@ -172,16 +204,22 @@ class Store:
     ):
         if sqlite3.sqlite_version_info < (3, 37):
             raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed.")
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()  # SQLite puts the WAL beside what a link names
         self.lock_timeout = lock_timeout
         self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
+        self._journal = self.path.with_name(self.path.name + "-journal")
         self._autocheckpoint = autocheckpoint
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
         self._writer_thread: int | None = None  # that is inside a transaction
         self._local = threading.local()  # .reader: a thread's own connection to read with
+        self._write_error: Exception | None = None  # of the last write, if it failed
+        self._file_id: tuple | None = None  # device and inode of the file that is open
+        self._next_look = 0.0  # at the files, by the monotonic clock
+        self._is_lost = False  # the file at the path is another one
+        self._warned = ""
         try:
             if read_only:
                 self._check_current()
@@ -224,10 +262,9 @@ class Store:
         is_new = not self.path.is_file() or self.path.stat().st_size == 0
         if is_new and not self.read_only:
             return 0
-        # Without a WAL the file alone tells all, and immutable=1 makes no -wal and -shm.
-        mode = "mode=ro" if self._wal.exists() else "mode=ro&immutable=1"
         try:
-            with contextlib.closing(self._connect(mode, self.lock_timeout)) as connection:
+            connecting = self._connect(self._inspection_mode(), self.lock_timeout)
+            with contextlib.closing(connecting) as connection:
                 header = connection.execute("""
                     SELECT (SELECT user_version FROM pragma_user_version) AS version,
                            (SELECT application_id FROM pragma_application_id) AS application_id,
@@ -242,6 +279,15 @@ class Store:
         if header["application_id"] != APPLICATION_ID and (self.read_only or not is_empty):
             raise DatabaseError(f"{self.path} is the database of another program.")
         return header["version"]
+
+    def _inspection_mode(self) -> str:
+        if self._journal.exists():
+            # Power was lost in the first milliseconds of a file. SQLite rolls the journal back
+            # before it reads, which takes a connection that may write.
+            return "mode=rw"
+        if self._wal.exists():
+            return "mode=ro"
+        return "mode=ro&immutable=1"  # the file alone tells all; this makes no -wal and -shm
 
     def _check_version(self, version: int) -> None:
         if version > SCHEMA_VERSION:
@@ -276,12 +322,14 @@ class Store:
             writer.close()
             raise
         self._writer = writer
+        self._file_id = file_id(self.path)
 
     def _configure_writer(self, writer: sqlite3.Connection) -> None:
         if writer.execute("PRAGMA journal_mode = WAL").fetchone()["journal_mode"] != "wal":
             raise DatabaseError(f"{self.path}: its file system cannot carry a write-ahead log.")
         writer.execute("PRAGMA synchronous = FULL")
         writer.execute("PRAGMA foreign_keys = ON")
+        writer.execute("PRAGMA journal_size_limit = 67108864")  # a WAL that has grown shrinks again
         # 16 MiB of WAL instead of 4: pages that many orders touch are then written back once.
         # Litestream checkpoints by itself, long before 200 MiB, which bound the WAL without it.
         if self._autocheckpoint:
@@ -296,7 +344,13 @@ class Store:
         order. BEGIN IMMEDIATE alone does not tell: on a file that cannot be written, SQLite
         quietly makes it a read transaction.
         """
-        writer.execute("BEGIN IMMEDIATE")
+        version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
+        try:
+            writer.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if version == SCHEMA_VERSION and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                return  # another process writes; reads need not wait for it
+            raise
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         self._check_version(version)
         writer.execute("PRAGMA application_id = 1397247824")
@@ -313,6 +367,7 @@ class Store:
             if not self._writer:
                 with self.transaction():
                     pass
+            self._check_file()
             reader = self._connect("mode=rw")
             reader.execute("PRAGMA query_only = ON")
             self._local.reader = reader
@@ -324,6 +379,7 @@ class Store:
         """
         try:
             if not self.read_only:
+                self._look_at_files()
                 return self._reader().execute(sql, parameters).fetchall()
             # Litestream writes pages into a copy past SQLite's change counter, and not while
             # another process has the file open as a WAL: a connection that stayed open would
@@ -334,25 +390,64 @@ class Store:
             raise translate_error(error) from error
 
     def check_health(self) -> None:
-        """Really read the database. Raises DatabaseUnavailable if that fails in whatever way."""
+        """Really read the database.
+
+        Raises DatabaseUnavailable if that fails in whatever way, or if the last write failed.
+        """
         try:
             self._read("SELECT id FROM product LIMIT 1")
         except sqlite3.Error as error:
             raise DatabaseUnavailable("The database cannot be read.") from error
+        if self._write_error:
+            raise DatabaseUnavailable(f"The last write failed: {self._write_error}")
 
     def data_version(self) -> object:
         """A value that differs after every change of the data; None where that cannot be told."""
         if not self.read_only:
             return self._read("PRAGMA data_version")[0]["data_version"]
-        files = []
-        for file in self.path, self._wal:
-            with contextlib.suppress(FileNotFoundError):
-                files.append(file.stat())
-        # Within the grain of the file system's clock a second change may look like the first.
-        newest = max((file.st_mtime_ns for file in files), default=0)
-        if time.time_ns() - newest < 100_000_000:
+        if self._wal.exists():  # a writer is at work, and may change data before the file's time
             return None
-        return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+        try:
+            file = self.path.stat()
+        except FileNotFoundError:
+            return None
+        # Within the grain of the file system's clock a second change may look like the first.
+        if time.time_ns() - file.st_mtime_ns < 100_000_000:
+            return None
+        return file.st_ino, file.st_size, file.st_mtime_ns
+
+    def _look_at_files(self) -> None:
+        """Once a second: is the file still there, and the WAL not too long?"""
+        now = time.monotonic()
+        if not self._writer or (now < self._next_look and not self._is_lost):
+            return
+        self._next_look = now + 1
+        self._check_file()
+        with contextlib.suppress(FileNotFoundError):
+            if self._wal.stat().st_size > WAL_WARNING_BYTES:
+                self._warn(
+                    f"The WAL {self._wal} has passed {WAL_WARNING_BYTES // 1_000_000} MB: a "
+                    "reader that stays open, such as a backup, keeps SQLite from checkpointing it."
+                )
+
+    def _check_file(self) -> None:
+        """Raise DatabaseUnavailable where the open file is no longer the one at the path."""
+        self._is_lost = file_id(self.path) != self._file_id
+        if not self._is_lost:
+            return
+        if self._writer_thread in (None, threading.get_ident()):
+            # Or the next start would replay the WAL into whatever file is there then.
+            with contextlib.suppress(sqlite3.Error):
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._warn(f"{self.path} has been deleted or replaced: restart the shop.")
+        raise DatabaseUnavailable("The database file has been deleted or replaced.")
+
+    def _warn(self, message: str) -> None:
+        if self._warned != message:
+            self._warned = message
+            log.warning(message)
 
     # --- transactions
 
@@ -373,8 +468,7 @@ class Store:
             yield self._writer
         except BaseException as error:
             self.rollback()
-            if isinstance(error, sqlite3.Error):
-                raise translate_error(error) from error
+            self._note_failure(error)
             raise
         self.commit()
 
@@ -398,26 +492,72 @@ class Store:
             self._writer.execute("BEGIN IMMEDIATE")
         except BaseException as error:
             self._writer_lock.release()
-            if isinstance(error, sqlite3.Error):
-                raise translate_error(error) from error
-            if isinstance(error, DatabaseError):
-                raise DatabaseUnavailable(str(error)) from error
+            self._note_failure(error)
             raise
         self._writer_thread = threading.get_ident()
 
     def commit(self) -> None:
-        """Make durable what has happened since begin(). Raises DatabaseUnavailable, and nothing
-        has happened.
+        """Make durable what has happened since begin().
+
+        Raises DatabaseUnavailable, and nothing has happened; or else OutcomeUnknown.
         """
         try:
             self._require_transaction()
-            self._writer.execute("COMMIT")
+            self._check_file()
+            self._flush()
         except BaseException as error:
             self.rollback()
-            if isinstance(error, sqlite3.Error):
-                raise translate_error(error) from error
+            self._note_failure(error)
             raise
+        self._write_error = None
         self._release_writer()
+
+    def _flush(self) -> None:
+        """COMMIT, so that one that fails cannot come true after a crash.
+
+        When the disk fails to flush, the frames of the transaction stay in the WAL with their
+        commit mark. A small write, committed, goes over the first of them and makes the rest void.
+        """
+        try:
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as failure:
+            if failure.sqlite_errorcode != sqlite3.SQLITE_IOERR_FSYNC:
+                raise
+            try:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                self._writer.execute("PRAGMA application_id = 1397247824")
+            except sqlite3.Error as error:
+                raise OutcomeUnknown from error
+            raise
+
+    def _note_failure(self, error: BaseException) -> None:
+        """Remember an error while writing that is the database's, and raise what it means."""
+        meaning: BaseException = error
+        if isinstance(error, sqlite3.Error):
+            meaning = IdsUsedUp() if self._are_ids_used_up(error) else translate_error(error)
+        elif isinstance(error, DatabaseError):
+            meaning = DatabaseUnavailable(str(error))
+        if isinstance(meaning, DatabaseUnavailable) and not isinstance(meaning, DatabaseBusy):
+            self._write_error = meaning
+            self._make_room()
+        if meaning is not error:
+            raise meaning from error
+
+    def _are_ids_used_up(self, error: sqlite3.Error) -> bool:
+        """Whether that is what SQLite means by FULL."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
+            return False
+        with contextlib.suppress(sqlite3.Error):
+            [(greatest,)] = self._writer.execute("SELECT max(seq) FROM sqlite_sequence").fetchall()
+            return greatest is not None and greatest > MAX_ID
+        return False
+
+    def _make_room(self) -> None:
+        """Empty the WAL: where the disk is full, that may be all the next write needs."""
+        if self._writer and not self._writer.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def rollback(self) -> None:
         """Undo what has happened since begin()."""
@@ -450,8 +590,7 @@ class Store:
             if connection.in_transaction:
                 connection.execute("ROLLBACK TO step")
                 connection.execute("RELEASE step")
-            if isinstance(error, sqlite3.Error):
-                raise translate_error(error) from error
+            self._note_failure(error)
             raise
 
     # --- products
@@ -568,6 +707,8 @@ class Store:
             """,
             product,
         ).fetchall()
+        if row["id"] > MAX_ID:
+            raise IdsUsedUp
         connection.execute(SAVE_SEARCH, search_row(row))
         return dict(row)
 
@@ -625,6 +766,8 @@ class Store:
                 """,
                 order,
             ).lastrowid
+            if order_id and order_id > MAX_ID:
+                raise IdsUsedUp
             connection.executemany(
                 """
                 INSERT INTO order_line (order_id, product_id, position, name, price, quantity)
@@ -766,8 +909,11 @@ class Store:
             connection.execute(
                 """
                 DELETE FROM idempotency_key
-                 WHERE id IN (SELECT id FROM idempotency_key ORDER BY id LIMIT 4)
-                   AND created_at < :expired
+                 WHERE id IN (SELECT id
+                                FROM idempotency_key
+                               WHERE created_at < :expired
+                               ORDER BY created_at
+                               LIMIT 4)
                 """,
                 {"expired": expired},
             )
@@ -861,6 +1007,7 @@ def fill_search(connection: sqlite3.Connection) -> None:
 MIGRATIONS = [
     Migration(),  # 0 to 1: a new file
     Migration(fill=fill_search),  # 1 to 2: product_search
+    Migration(),  # 2 to 3: idempotency_key_by_time
 ]
 
 
@@ -926,6 +1073,7 @@ def backup(
     check_target(source.path, target, overwrite)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
+        remove_partial_copies(target)
         summary = copy_database(source, partial, progress or (lambda remaining, total: None))
         partial.chmod(source.path.stat().st_mode & 0o777)
         flush_file(partial)
@@ -935,7 +1083,8 @@ def backup(
     except (OSError, sqlite3.Error) as error:
         raise DatabaseError(f"{target} cannot be made: {error}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for suffix in "", "-journal", "-wal", "-shm":
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
     return summary
 
 
@@ -949,6 +1098,25 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
             raise DatabaseError(f"{target} is, or has beside it, a file of a database in use.")
 
 
+def remove_partial_copies(target: Path) -> None:
+    """Remove what backups to this target left that were killed."""
+    name = re.compile(re.escape(target.name) + r"\.partial-([0-9]+)(-journal|-wal|-shm)?")
+    for file in target.parent.iterdir():
+        match = name.fullmatch(file.name)
+        if match and not is_running(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
 def copy_database(source: Store, target: Path, progress: Callable[[int, int], object]) -> dict:
     """Copy page by page, check the copy, and return how many products and orders it has."""
     with (
@@ -959,7 +1127,9 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM product").fetchall()
         reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
-        copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
+        [(mode,)] = copy.execute("PRAGMA journal_mode = DELETE")  # one file, no WAL beside it
+        if mode != "delete":
+            raise DatabaseError(f"The copy would need a file beside it: its mode is {mode}.")
         [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
         if verdict != "ok":
             raise DatabaseError(f"The copy would not be sound: {verdict}")

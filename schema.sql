@@ -6,7 +6,7 @@
 -- go to the end of their table, where ALTER TABLE puts them too.
 
 PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: the file is ours
-PRAGMA user_version = 2;             -- SCHEMA_VERSION
+PRAGMA user_version = 3;             -- SCHEMA_VERSION
 
 
 -- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes it.
@@ -59,8 +59,7 @@ CREATE TABLE IF NOT EXISTS order_line (
 
 
 -- The response to a POST with an Idempotency-Key, written in the same transaction as the work
--- itself, so that there is never one without the other. Rows are added in the order of time: the
--- oldest id is purged first.
+-- itself, so that there is never one without the other.
 CREATE TABLE IF NOT EXISTS idempotency_key (
     id          INTEGER PRIMARY KEY,
     key         TEXT NOT NULL UNIQUE CHECK (length(key) BETWEEN 1 AND 255),
@@ -68,3 +67,6 @@ CREATE TABLE IF NOT EXISTS idempotency_key (
     answer      TEXT NOT NULL CHECK (json_valid(answer)),
     created_at  TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
 ) STRICT;
+
+-- The oldest keys are purged first, whatever a clock that was wrong has stamped on others.
+CREATE INDEX IF NOT EXISTS idempotency_key_by_time ON idempotency_key (created_at);

@@ -9,6 +9,7 @@ import ast
 import calendar
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import http.client
 import inspect
@@ -19,6 +20,7 @@ import re
 import resource
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1879,6 +1881,8 @@ def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(tmp_path, database
     assert len(server("GET", "/products/").json["products"]) == created
     body = json.dumps({"name": "x", "description": "y" * 9000, "price": 1}).encode()
     head = HEAD + b"Content-Length: %d\r\n" % len(body)
+    # Not even a WAL that has been emptied has room now.
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
     # The 100 Continue of the second request must not take a 201 of the first along.
     responses = server.send(head + b"\r\n" + body + head + b"Expect: 100-continue\r\n\r\n")
     assert [response.status for response in responses] == [503]
@@ -3463,6 +3467,7 @@ def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(tmp_path
     while server.product(description="y" * 10_000).status == 201:
         created += 1
     assert created > 10
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
     write = post_of(json.dumps({"name": "x", "description": "y" * 10_000, "price": 1}).encode())
     get = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
     for _ in range(10):
@@ -3494,3 +3499,704 @@ def test_a_read_only_server_answers_repeated_lists_and_shows_each_change(server,
                 assert len(copy("GET", "/orders/").json["orders"]) == count
                 assert copy("GET", f"/orders/{count}/").status == 200
     copy.assert_ends_well()
+
+
+# ------------------------------------------------------- a disk, a clock and files that misbehave
+
+
+# Preloaded, it makes fdatasync() and fsync() of a WAL fail or dawdle, as long as the file that
+# SYNC_CONTROL names exists: "errno times milliseconds"; times 0 is always, errno 0 is no failure.
+SYNC_SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int fails(int descriptor) {
+    const char *control = getenv("SYNC_CONTROL");
+    char link[64], path[4096];
+    int error = 0, times = 0, milliseconds = 0;
+    ssize_t length;
+    FILE *file;
+
+    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+    length = readlink(link, path, sizeof path);
+    if (length < 4 || memcmp(path + length - 4, "-wal", 4) != 0)
+        return 0;
+    if (!control || !(file = fopen(control, "r")))
+        return 0;
+    if (fscanf(file, "%d %d %d", &error, &times, &milliseconds) != 3)
+        abort();
+    fclose(file);
+    if (times == 1)
+        unlink(control);
+    if (milliseconds)
+        usleep(milliseconds * 1000);
+    errno = error;
+    return error != 0;
+}
+
+int fdatasync(int descriptor) {
+    int (*next)(int) = (int (*)(int)) dlsym(RTLD_NEXT, "fdatasync");
+    return fails(descriptor) ? -1 : next(descriptor);
+}
+
+int fsync(int descriptor) {
+    int (*next)(int) = (int (*)(int)) dlsym(RTLD_NEXT, "fsync");
+    return fails(descriptor) ? -1 : next(descriptor);
+}
+"""
+
+
+class SyncControl:
+    """Decides how the flushes of a WAL go, in a process that has these settings."""
+
+    def __init__(self, library, path):
+        self.path = path
+        self.settings = {"LD_PRELOAD": str(library), "SYNC_CONTROL": str(path)}
+
+    def fail(self, number, times=0):
+        """Let flushes fail with an errno: the next one, or (times=0) all until restore()."""
+        self._write(f"{number} {times} 0")
+
+    def slow_down(self, milliseconds):
+        """Let the next flush take so long."""
+        self._write(f"0 1 {milliseconds}")
+
+    def restore(self):
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, text):
+        # Whole or not at all: the shop may read it at any moment.
+        new = self.path.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.path)
+
+
+@pytest.fixture(scope="session")
+def sync_library(tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("Only Linux has /proc/self/fd and LD_PRELOAD, which make a flush fail.")
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("No C compiler (cc), which a library that makes a flush fail needs.")
+    library = tmp_path_factory.mktemp("shim") / "sync.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-ldl"]
+    subprocess.run(command, input=SYNC_SHIM, text=True, check=True)
+    return library
+
+
+@pytest.fixture
+def sync(sync_library, tmp_path):
+    return SyncControl(sync_library, tmp_path / "sync_control")
+
+
+def kill(server):
+    server.process.kill()
+    server.process.wait()
+    server.reader.join(5)
+    server.process.stdout.close()
+
+
+def wait_for(condition, seconds=5):
+    """The first true value of condition(), which is asked until the time is up."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "It did not happen in time."
+    return value
+
+
+def order_ids(server):
+    return [order["id"] for order in server("GET", "/orders/?limit=1000").json["orders"]]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
+def test_an_order_answered_503_does_not_come_true_after_a_crash(
+    tmp_path, database, sync, number, key
+):
+    server = Server(tmp_path, **sync.settings).start()
+    server.product(stock=9)
+    assert server.order(quantity=2).status == 201
+    sync.fail(number, times=1)
+    refused = server.order(quantity=4, **key)
+    assert refused.status == 503
+    assert "may or may not" not in refused.json["detail"]
+    assert not sync.path.exists()  # the flush did fail
+    assert order_ids(server) == [1]
+    kill(server)
+
+    server = Server(tmp_path).start()
+    assert order_ids(server) == [1]
+    assert server("GET", "/products/1/").json["stock"] == 7
+    retried = server.order(quantity=4, **key)
+    assert retried.status == 201
+    assert "Idempotent-Replayed" not in retried.headers
+    assert len(order_ids(server)) == 2
+    assert server("GET", "/products/1/").json["stock"] == 3
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    assert server.end()[0] == 0
+
+
+def test_all_orders_of_a_batch_whose_flush_fails_stay_undone(tmp_path, database, sync):
+    server = Server(tmp_path, **sync.settings).start()
+    server.product(stock=9)
+    sync.fail(errno.EIO, times=1)
+    other = lock(database)
+    body = json.dumps(order_of((1, 2))).encode()
+    head = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(body)
+    connections = [server.connect() for _ in range(4)]
+    for connection in connections:
+        connection.sendall(head + body)
+    server("GET", "/healthz")  # by now they have all been read, and wait for the lock
+    other.execute("ROLLBACK")
+    other.close()
+    responses = [read_responses(connection)[0] for connection in connections]
+    for connection in connections:
+        connection.close()
+    assert [response.status for response in responses] == [503] * 4
+    kill(server)
+    server = Server(tmp_path).start()
+    assert order_ids(server) == []
+    assert server("GET", "/products/1/").json["stock"] == 9
+    assert server.end()[0] == 0
+
+
+def test_an_order_whose_outcome_is_unknown_is_answered_so_and_orders_then_work_again(
+    tmp_path, sync
+):
+    server = Server(tmp_path, **sync.settings).start()
+    server.product(stock=9)
+    sync.fail(errno.EIO)
+    refused = server.order(quantity=4)
+    assert refused.status == 503
+    assert refused.headers["Retry-After"]
+    assert "may or may not have been stored" in refused.json["detail"]
+    assert "Idempotency-Key" in refused.json["detail"]
+    assert server("GET", "/healthz").status == 503
+    sync.restore()
+    accepted = server.order(quantity=3)
+    assert accepted.status == 201
+    assert server("GET", "/healthz").status == 200
+    ids = order_ids(server)
+    stock = server("GET", "/products/1/").json["stock"]
+    assert accepted.json["id"] in ids
+    assert stock == (6 if len(ids) == 1 else 2)
+    kill(server)
+    server = Server(tmp_path).start()
+    assert order_ids(server) == ids
+    assert server("GET", "/products/1/").json["stock"] == stock
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    assert server.end()[0] == 0
+
+
+# --- a full disk
+
+
+def test_health_is_503_from_a_failed_write_until_one_succeeds_and_does_not_write(shop, tmp_path):
+    store = shop.app.app.store
+    shop.product()
+    [pages] = store._writer.execute("PRAGMA page_count").fetchone()
+    store._writer.execute(f"PRAGMA max_page_count = {pages}")
+    large = {"name": "x", "description": "y" * 10_000, "price": 1}
+    failed = shop("POST", "/products/", large)
+    assert failed.status_int == 503
+    assert failed.json["detail"] == "The disk is full."
+    store._writer.execute("PRAGMA max_page_count = 1000000")
+    before = written_bytes(tmp_path)
+    for _ in range(3):
+        health = shop("GET", "/healthz")
+        assert health.status_int == 503
+        assert health.headers["Retry-After"]
+    assert written_bytes(tmp_path) == before
+    assert len(shop("GET", "/products/").json["products"]) == 1
+    assert shop("POST", "/products/", large).status_int == 201
+    assert shop("GET", "/healthz").json == {"status": "ok"}
+
+
+def written_bytes(folder):
+    """What the files hold, but for the index of the WAL: reading changes that one too."""
+    files = contents(folder)
+    return {name: data for name, data in files.items() if not name.endswith("-shm")}
+
+
+def test_an_order_that_is_refused_or_waits_for_the_lock_leaves_the_shop_healthy(
+    make_shop, database
+):
+    shop = make_shop(lock_timeout=0.0)
+    shop.product(stock=1)
+    assert shop.order((1, 2)).status_int == 409
+    other = lock(database)
+    assert shop.order((1, 1)).status_int == 503
+    other.close()
+    assert shop("GET", "/healthz").json == {"status": "ok"}
+
+
+def test_a_full_wal_makes_room_by_itself_for_the_next_order(tmp_path, database):
+    # The file of the shop is far below the limit: only its WAL, which one commit after the other
+    # makes longer, comes to it.
+    server = Server(tmp_path).start(
+        "import resource, shop\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1))\n"
+        "raise SystemExit(shop.main([]))\n"
+    )
+    server.product(stock=1000)
+    accepted = []
+    previous = 201
+    for _ in range(300):
+        response = server.order()
+        if response.status == 201:
+            accepted.append(response.json["id"])
+            if previous == 503:
+                assert server("GET", "/healthz").status == 200
+        else:
+            assert response.status == 503
+            assert previous == 201, "An order after a full disk found no room."
+            assert server("GET", "/healthz").status == 503
+        previous = response.status
+    assert order_ids(server) == accepted
+    assert server("GET", "/products/1/").json["stock"] == 1000 - len(accepted)
+    assert server.end()[0] == 0
+    assert db.check_integrity(database) == []
+
+
+# --- a database that is no longer the one that was opened
+
+
+def delete(database):
+    database.unlink()
+
+
+def replace(database):
+    (database.parent / "older").replace(database)
+
+
+@pytest.mark.parametrize("remove", [delete, replace])
+def test_no_order_is_accepted_for_a_database_that_was_deleted_or_replaced(
+    tmp_path, database, remove
+):
+    server = Server(tmp_path).start()
+    server.product(stock=1000)
+    assert server.run("backup", "older").returncode == 0
+    assert server.order().status == 201
+    remove(database)
+
+    accepted = []
+
+    def refused():
+        response = server.order()
+        if response.status == 201:
+            accepted.append(response.json["id"])
+        return response.status == 503 and response
+
+    response = wait_for(refused, 3)
+    assert "database file has been deleted or replaced" in response.json["detail"]
+    assert response.headers["Retry-After"]
+    health = server("GET", "/healthz")
+    assert health.status == 503
+    assert "deleted or replaced" in health.json["detail"]
+    for _ in range(3):
+        assert server.order().status == 503
+    # This one has a thread and a connection of its own. Opened only now, and by the path, that
+    # connection would put the WAL of the old file into the new one.
+    assert server("GET", "/products/?q=x").status in (200, 503)
+    assert server.end()[0] == 0
+    lines = server.stderr().splitlines()
+    assert len(lines) == 1, lines
+    assert "deleted or replaced" in lines[0]
+
+    server = Server(tmp_path).start()
+    orders = order_ids(server)
+    assert set(accepted) <= set(orders), "An order was accepted and is gone."
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    if remove is replace:
+        assert orders == []
+        assert server("GET", "/products/1/").json["stock"] == 1000
+    assert server.end()[0] == 0
+
+
+# --- a symlink
+
+
+def test_a_symlinked_database_is_checked_and_backed_up_while_it_is_in_use(tmp_path, database):
+    (tmp_path / "volume").mkdir()
+    target = tmp_path / "volume" / "real.sqlite3"
+    database.symlink_to(target)
+    server = Server(tmp_path).start()
+    server.product(stock=9)
+    assert server.order().status == 201
+    assert target.with_name("real.sqlite3-wal").exists()
+    assert not database.with_name("db.sqlite3-wal").exists()
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    copied = server.run("backup", "copy")
+    assert copied.returncode == 0, copied.stderr
+    assert copied.stdout.startswith("copy: 1 products, 1 orders, ")
+    refused = server.run("backup", "volume/real.sqlite3", "--overwrite")
+    assert refused.returncode == 1
+    copy = Server(tmp_path, READ_ONLY="true").start()
+    for _ in range(3):
+        server.order()
+        assert copy("GET", "/products/1/").json == server("GET", "/products/1/").json
+    assert copy.end()[0] == 0
+    server.assert_ends_well()
+    assert database.is_symlink()
+    assert {path.name for path in target.parent.iterdir()} == {"real.sqlite3"}
+
+
+def test_a_newer_database_behind_a_symlink_is_left_as_it_is(tmp_path, database):
+    (tmp_path / "volume").mkdir()
+    target = tmp_path / "volume" / "real.sqlite3"
+    db.Store(target).close()
+    # Killed, the newer shop leaves its version in the WAL alone.
+    run_and_kill(target, "PRAGMA user_version = 99", "CREATE TABLE later (x)")
+    database.symlink_to(target)
+    files = written_bytes(target.parent)
+    assert "real.sqlite3-wal" in files
+    for settings in {}, {"READ_ONLY": "true"}:
+        result = Server(tmp_path, **settings).run()
+        assert result.returncode == 2
+        assert re.fullmatch(r"shop: [^\n]+ newer version [^\n]+\n", result.stderr)
+        assert written_bytes(target.parent) == files
+    assert not database.with_name("db.sqlite3-wal").exists()
+
+
+def run_and_kill(path, *statements):
+    """Run statements in a process that ends without closing the database, as killed ones do."""
+    program = (
+        "import json, os, sqlite3, sys\n"
+        "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "for statement in json.loads(sys.argv[2]):\n"
+        "    connection.execute(statement).fetchall()\n"
+        "os._exit(0)\n"
+    )
+    command = [sys.executable, "-c", program, path, json.dumps(statements)]
+    subprocess.run(command, check=True)
+
+
+# --- another process's lock
+
+
+def test_a_shop_started_under_another_process_s_lock_reads_at_once_and_then_sells(
+    tmp_path, database
+):
+    store = db.Store(database)
+    store.create_product(name="x", price=100, stock=9)
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    server = Server(tmp_path).start()
+    for path in "/healthz", "/products/1/", "/products/", "/products/?q=x", "/orders/":
+        started = time.monotonic()
+        assert server("GET", path).status == 200, path
+        assert time.monotonic() - started < 1
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        order = pool.submit(server.order)
+        assert server("GET", "/healthz").status == 200
+        assert server("GET", "/products/1/").json["stock"] == 9
+        other.execute("ROLLBACK")
+        assert order.result().status == 201
+    assert server("GET", "/products/1/").json["stock"] == 8
+    other.close()
+    store.close()
+    server.assert_ends_well()
+
+
+# --- a hot journal: what a power loss leaves of a transaction outside of WAL mode
+
+
+def cut_restored_backup(database):
+    """A shop's database in one file, as backups are, and a transaction in it that was cut."""
+    source = database.with_name("source")
+    store = db.Store(source)
+    for _ in range(50):
+        store.create_product(name="x", price=100, stock=9, description="y" * 5000)
+    store.create_order([{"product_id": 1, "quantity": 2}])
+    db.backup(source, database)
+    store.close()
+    cut_transaction(
+        database,
+        "PRAGMA user_version = 0",
+        "PRAGMA application_id = 0",
+        "UPDATE product SET stock = 1, description = hex(randomblob(2500))",
+    )
+    with database.open("r+b") as file:
+        file.write(bytes(512))  # of the first page, which says whose file it is, one sector came
+
+
+def cut_new_file(database):
+    """A file whose very first transaction was cut."""
+    cut_transaction(
+        database,
+        "CREATE TABLE product (id INTEGER PRIMARY KEY, x)",
+        "INSERT INTO product SELECT value, randomblob(3000) FROM generate_series",
+    )
+
+
+def cut_transaction(database, *statements):
+    run_and_kill(
+        database,
+        "PRAGMA journal_mode = DELETE",
+        # With room for one page, SQLite writes each of them into the file before the commit.
+        "PRAGMA cache_size = 1",
+        "CREATE TEMP VIEW generate_series AS WITH RECURSIVE n (value) AS "
+        "(SELECT 1 UNION ALL SELECT value + 1 FROM n LIMIT 100) SELECT value FROM n",
+        "BEGIN IMMEDIATE",
+        *statements,
+    )
+    assert database.with_name(database.name + "-journal").read_bytes()[:4] == b"\xd9\xd5\x05\xf9"
+    assert database.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("cut, products", [(cut_restored_backup, 50), (cut_new_file, 0)])
+def test_a_shop_starts_on_a_file_whose_last_transaction_was_cut(tmp_path, database, cut, products):
+    cut(database)
+    server = Server(tmp_path).start()
+    assert server("GET", "/healthz").status == 200
+    listed = server("GET", "/products/").json["products"]
+    assert len(listed) == products
+    if products:
+        assert [product["stock"] for product in listed] == [7] + [9] * 49
+        assert {product["description"] for product in listed} == {"y" * 5000}
+        assert order_ids(server) == [1]
+    created = server.product(stock=1).json
+    assert created["id"] == products + 1
+    assert server.order(created["id"]).status == 201
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    server.assert_ends_well()
+    assert not database.with_name("db.sqlite3-journal").exists()
+
+
+@pytest.mark.parametrize("cut, products", [(cut_restored_backup, 50), (cut_new_file, 0)])
+@pytest.mark.parametrize("command", ["check", "backup", "READ_ONLY"])
+def test_a_cut_transaction_is_never_shown_and_no_other_command_spoils_the_file(
+    make_shop, tmp_path, database, cut, products, command
+):
+    cut(database)
+    if command == "READ_ONLY":
+        try:
+            copy = make_shop(read_only=True)
+        except db.DatabaseError as error:
+            assert "\n" not in str(error)
+        else:
+            listed = copy("GET", "/products/")
+            assert listed.status_int == 200
+            assert [product["stock"] for product in listed.json["products"]] == [7] + [9] * 49
+    else:
+        arguments = ["backup", "copy"] if command == "backup" else ["check"]
+        result = Server(tmp_path).run(*arguments)
+        if result.returncode:
+            assert re.fullmatch(r"shop: [^\n]+\n", result.stderr)
+            assert result.stdout == ""
+        elif command == "backup":
+            assert result.stdout.startswith("copy: 50 products, 1 orders, ")
+        else:
+            assert result.stdout == "db.sqlite3: sound\n"
+    shop = make_shop()
+    assert len(shop("GET", "/products/").json["products"]) == products
+    assert shop.product()["id"] == products + 1
+
+
+# --- clocks
+
+
+def test_keys_are_purged_though_older_ones_are_stamped_in_the_future(shop, mug, database):
+    shop("PATCH", "/products/1/", {"stock": 100})
+
+    def keys(like):
+        with connect(database) as connection:
+            sql = "SELECT count(*) FROM idempotency_key WHERE key LIKE ?"
+            return connection.execute(sql, (like,)).fetchone()[0]
+
+    with connect(database) as connection:
+        connection.executemany(
+            "INSERT INTO idempotency_key (key, fingerprint, answer, created_at)"
+            " VALUES (?, 'x', '{}', ?)",
+            [(f"future{n}", "2999-01-01T00:00:00Z") for n in range(10)]
+            + [(f"expired{n}", db.timestamp(db.KEY_TTL + 60)) for n in range(30)],
+        )
+    for n in range(30):
+        assert shop.order((1, 1), **{"Idempotency-Key": f"new{n}"}).status_int == 201
+    assert keys("expired%") == 0
+    assert keys("new%") == 30
+
+
+CLOCK_PROGRAM = """
+import os, time, shop
+wall_clock = time.time
+def stepped():
+    return wall_clock() + (%d if os.path.exists("step") else 0)
+time.time = stepped
+shop.IDLE_TIMEOUT = %d
+raise SystemExit(shop.main([]))
+"""
+
+
+def test_a_step_forward_of_the_clock_cuts_no_idle_connection(tmp_path):
+    server = Server(tmp_path).start(CLOCK_PROGRAM % (3600, 30))
+    with server.connect() as idle, server.connect() as slow:
+        slow.sendall(GET_HEALTH[:-2])
+        assert server("GET", "/healthz").status == 200
+        (tmp_path / "step").touch()
+        # The timeouts are checked once a second.
+        assert select.select([idle, slow], [], [], 2.5)[0] == []
+        slow.sendall(b"\r\n")
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        idle.sendall(GET_HEALTH)
+        assert idle.recv(12) == b"HTTP/1.1 200"
+    server.assert_ends_well()
+
+
+def test_a_step_back_of_the_clock_keeps_no_idle_connection(tmp_path):
+    server = Server(tmp_path).start(CLOCK_PROGRAM % (-3600, 1))
+    with server.connect() as idle:
+        idle.sendall(GET_HEALTH)
+        assert idle.recv(12) == b"HTTP/1.1 200"
+        (tmp_path / "step").touch()
+        idle.settimeout(5)
+        assert b"200 OK" not in read_to_end(idle)
+    server.assert_ends_well()
+
+
+# --- READ_ONLY beside a writer
+
+
+def test_a_read_only_shop_shows_an_order_whose_flush_was_slow(tmp_path, sync):
+    server = Server(tmp_path, **sync.settings).start()
+    server.product(stock=9)
+    copy = Server(tmp_path, READ_ONLY="true").start()
+    for sold in range(1, 4):
+        sync.slow_down(500)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            order = pool.submit(server.order)
+            # The frames stand in the WAL for half a second before they count.
+            while not order.done():
+                copy("GET", "/products/1/")
+            assert order.result().status == 201
+        assert copy("GET", "/products/1/").json["stock"] == 9 - sold
+    assert copy.end()[0] == 0
+    server.assert_ends_well()
+
+
+def test_a_read_only_shop_caches_nothing_while_there_is_a_wal(make_shop, shop, database):
+    shop.product()
+    wal = database.with_name("db.sqlite3-wal")
+    store = make_shop(read_only=True).app.app.store
+    for file in database, wal:
+        os.utime(file, (1, 1))  # long ago, so that only the WAL can speak against it
+    assert store.data_version() is None
+    shop.app.app.close()
+    assert not wal.exists()
+    os.utime(database, (1, 1))
+    assert store.data_version() is not None
+    assert store.data_version() == store.data_version()
+
+
+# --- a WAL that grows
+
+
+def test_the_wal_has_a_limit_to_which_it_shrinks(shop):
+    store = shop.app.app.store
+    [limit] = store._writer.execute("PRAGMA journal_size_limit").fetchone()
+    assert 0 < limit <= 100_000_000
+    assert db.WAL_WARNING_BYTES == 100_000_000 or db.WAL_WARNING_BYTES == 100 << 20
+
+
+def test_one_line_in_the_log_says_why_the_wal_has_grown_large(tmp_path, database):
+    server = Server(tmp_path).start(
+        "import db, shop; db.WAL_WARNING_BYTES = 300_000; raise SystemExit(shop.main([]))"
+    )
+    server.product(stock=1000)
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM product").fetchall()
+        wal = database.with_name("db.sqlite3-wal")
+        while wal.stat().st_size < 200_000:
+            assert server.order().status == 201
+        assert server.stderr() == ""
+        while wal.stat().st_size < 400_000:
+            assert server.order().status == 201
+        wait_for(lambda: server.order().status == 201 and server.stderr())
+        for _ in range(20):
+            assert server.order().status == 201
+    assert server.end()[0] == 0
+    [line] = server.stderr().splitlines()
+    assert "WAL" in line
+    assert "read" in line
+    assert "checkpoint" in line
+
+
+# --- backups that were cut, and ids that are used up
+
+
+def test_a_backup_removes_the_partial_copies_of_processes_that_are_gone(server, tmp_path):
+    server.product()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f"copy.partial-{os.getpid()}", "copy.partial-mine", "other"]
+    removed = [f"copy.partial-{gone.pid}", f"copy.partial-{gone.pid}-journal"]
+    for name in left + removed:
+        (tmp_path / name).write_text("partial")
+    assert server.run("backup", "copy").returncode == 0
+    for name in left:
+        assert (tmp_path / name).read_text() == "partial", name
+    for name in removed:
+        assert not (tmp_path / name).exists(), name
+    assert server.run("check", "copy").returncode == 0
+
+
+def test_a_backup_that_would_keep_a_wal_fails_and_leaves_nothing(shop, mug, database, tmp_path):
+    readers = []
+
+    def read(remaining, total):
+        # Somebody who reads the copy keeps SQLite from folding its WAL into it.
+        [partial] = tmp_path.glob(f"copy.partial-{os.getpid()}")
+        reader = sqlite3.connect(partial, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM product").fetchall()
+        readers.append(reader)
+
+    with pytest.raises(db.DatabaseError, match="copy cannot be made"):
+        db.backup(database, tmp_path / "copy", progress=read)
+    for reader in readers:
+        reader.close()
+    assert list(tmp_path.glob("copy*")) == []
+
+
+LARGEST_ID = 10**18 - 1
+
+
+@pytest.mark.parametrize("last", [LARGEST_ID, LARGEST_ID + 1, 2**63 - 1])
+@pytest.mark.parametrize("table", ["product", "orders"])
+def test_ids_that_are_used_up_are_called_so_and_nothing_is_stored(shop, mug, database, table, last):
+    assert shop.order((1, 1)).status_int == 201
+    before = [shop("GET", path).json for path in ("/products/", "/orders/")]
+    with connect(database) as connection:
+        connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (last, table))
+    for headers in {}, {"Idempotency-Key": "k"}:
+        if table == "product":
+            response = shop("POST", "/products/", {"name": "x", "price": 1}, headers)
+        else:
+            response = shop.order((1, 1), **headers)
+        assert response.status_int == 503
+        assert "used up" in response.json["detail"]
+        assert "ids" in response.json["detail"]
+        assert "disk" not in response.json["detail"].lower()
+    assert [shop("GET", path).json for path in ("/products/", "/orders/")] == before
+
+
+@pytest.mark.parametrize("table", ["product", "orders"])
+def test_the_last_id_is_given_and_found_at_its_location(shop, mug, database, table):
+    assert shop.order((1, 1)).status_int == 201
+    with connect(database) as connection:
+        connection.execute(
+            "UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (LARGEST_ID - 1, table)
+        )
+    if table == "product":
+        response = shop("POST", "/products/", {"name": "x", "price": 1})
+    else:
+        response = shop.order((1, 1))
+    assert response.status_int == 201
+    assert response.json["id"] == LARGEST_ID
+    assert shop("GET", response.headers["Location"]).json == response.json
