@@ -893,19 +893,8 @@ class Store:
             if stored:
                 return json.loads(stored["answer"]), True
             result = action()
-            connection.execute(
-                """
-                INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
-                VALUES (:key, :fingerprint, :answer, :now)
-                """,
-                {
-                    "key": key,
-                    "fingerprint": fingerprint,
-                    "answer": json.dumps(result),
-                    "now": timestamp(),
-                },
-            )
-            # Each new key takes the oldest few along: they go as fast as they come.
+            self._store_key(connection, key, fingerprint, json.dumps(result))
+            # Each new key takes a few expired ones along: they go as fast as they come.
             connection.execute(
                 """
                 DELETE FROM idempotency_key
@@ -918,6 +907,16 @@ class Store:
                 {"expired": expired},
             )
         return result, False
+
+    @staticmethod
+    def _store_key(connection: sqlite3.Connection, key: str, fingerprint: str, answer: str) -> None:
+        connection.execute(
+            """
+            INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
+            VALUES (:key, :fingerprint, :answer, :now)
+            """,
+            {"key": key, "fingerprint": fingerprint, "answer": answer, "now": timestamp()},
+        )
 
 
 SELECT_PRODUCT = "SELECT * FROM product WHERE id = :id"
