@@ -1365,7 +1365,7 @@ MAX_HEADER = 16 << 10  # bytes of a request's head, and of the trailers of a chu
 MAX_EMPTY_LINES = 8  # before a request
 MAX_SIZE_LINE = 256  # bytes of a chunk's size line
 MAX_CACHE = 32 << 20  # bytes of responses
-RECV_BYTES = 1 << 14
+RECV_BYTES = 1 << 12  # at a time: what chunks of a byte in it cost is what a turn may wait for
 MAX_JOINED = 1 << 16  # bytes of a body that is sent with its head in one piece
 TURN = 0.02  # seconds that the loop serves before it polls again
 IDLE_TIMEOUT = 30  # seconds of an idle connection, or for a request to arrive
@@ -1686,10 +1686,10 @@ class Channel(waitress.channel.HTTPChannel):
 
     def handle_read(self):
         try:
-            data = self.socket.recv(RECV_BYTES)
+            data = self.socket.recv(MAX_BODY if self.lingering_until else RECV_BYTES)
         except OSError:
             return self.handle_close()
-        if self.lingering_until:
+        if self.lingering_until:  # what comes now is thrown away
             return None if data else self.handle_close()
         if data:
             self.last_activity = time.monotonic()
