@@ -1569,7 +1569,6 @@ class Chunks:
         self.pending = b""  # a line of which the end has not come
         self.missing = 0  # bytes of the chunk, and of the CRLF behind it
         self.in_trailers = False
-        self.line_limit = MAX_SIZE_LINE
         self.framing = 0
 
     def received(self, data: bytes) -> int:
@@ -1580,8 +1579,10 @@ class Chunks:
         while position < len(data) and not self.completed:
             if self.missing:
                 position = self.read_chunk(data, position)
+            elif self.in_trailers:
+                position = self.read_trailer(data, position)
             else:
-                position = self.read_line(data, position)
+                position = self.read_size(data, position)
         return position - pending
 
     def read_chunk(self, data: bytes, position: int) -> int:
@@ -1593,37 +1594,40 @@ class Chunks:
             del self.body[-2:]
         return position + len(part)
 
-    def read_line(self, data: bytes, position: int) -> int:
-        end = data.find(b"\n", position, position + self.line_limit) + 1
-        if not end:
-            self.pending = data[position : position + self.line_limit]
-            self.require(len(self.pending) < self.line_limit)
-            self.require(self.in_trailers or SIZE_LINE_START.fullmatch(self.pending))
+    def read_size(self, data: bytes, position: int) -> int:
+        line = SIZE_LINE.match(data, position, position + MAX_SIZE_LINE)
+        if not line:
+            self.pending = data[position : position + MAX_SIZE_LINE]
+            self.require(SIZE_LINE_START.fullmatch(self.pending))
+            self.require(len(self.pending) < MAX_SIZE_LINE)
             return len(data)
-        if self.in_trailers:
-            self.read_trailer(data[position:end])
-        else:
-            self.read_size(data[position:end])
-        return end
-
-    def read_size(self, line: bytes) -> None:
-        match = SIZE_LINE.fullmatch(line)
-        self.framing += len(line) + 2
-        self.require(match and self.framing <= MAX_BODY)
-        size = int(match[1], 16)  # type: ignore[index]
-        if len(self.body) + size > MAX_BODY:
+        start = line.end()
+        size = int(line[1], 16)
+        end = start + size
+        self.framing += start - position + 2
+        if self.framing > MAX_BODY or len(self.body) + size > MAX_BODY:
+            self.require(self.framing <= MAX_BODY)
             raise too_large()
-        if size:
-            self.missing = size + 2
-        else:
-            self.in_trailers = True
-            self.line_limit = MAX_HEADER
+        if size and data[end : end + 2] == b"\r\n":  # it is all there, as small chunks are
+            self.body += data[start:end]
+            return end + 2
+        self.in_trailers = size == 0
+        self.missing = size + 2 if size else 0
+        return start
 
-    def read_trailer(self, line: bytes) -> None:
+    def read_trailer(self, data: bytes, position: int) -> int:
         # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
-        self.line_limit -= len(line)
+        end = data.find(b"\n", position) + 1
+        if not end:
+            self.pending = data[position:]
+            self.require(self.framing + len(self.pending) <= MAX_BODY + MAX_HEADER)
+            return len(data)
+        line = data[position:end]
+        self.framing += len(line)
         self.completed = line == b"\r\n"
         self.require(self.completed or FIELD.fullmatch(line))
+        self.require(self.framing <= MAX_BODY + MAX_HEADER)
+        return end
 
     def require(self, condition: object) -> None:
         if not condition:
