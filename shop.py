@@ -1569,6 +1569,7 @@ class Chunks:
         self.pending = b""  # a line of which the end has not come
         self.missing = 0  # bytes of the chunk, and of the CRLF behind it
         self.in_trailers = False
+        self.trailer_limit = MAX_HEADER
         self.framing = 0
 
     def received(self, data: bytes) -> int:
@@ -1618,15 +1619,14 @@ class Chunks:
     def read_trailer(self, data: bytes, position: int) -> int:
         # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
         end = data.find(b"\n", position) + 1
+        self.require((end or len(data)) - position <= self.trailer_limit)
         if not end:
             self.pending = data[position:]
-            self.require(self.framing + len(self.pending) <= MAX_BODY + MAX_HEADER)
             return len(data)
         line = data[position:end]
-        self.framing += len(line)
+        self.trailer_limit -= len(line)
         self.completed = line == b"\r\n"
         self.require(self.completed or FIELD.fullmatch(line))
-        self.require(self.framing <= MAX_BODY + MAX_HEADER)
         return end
 
     def require(self, condition: object) -> None:
