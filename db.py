@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
 MAX_ID = 10**18 - 1
+SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 WAL_WARNING_BYTES = 100_000_000
 
@@ -51,6 +52,13 @@ class UnknownProducts(Exception):
     def __init__(self, lines: dict[int, int]):
         super().__init__(f"There are no products {', '.join(map(str, lines.values()))}.")
         self.lines = lines
+
+
+class UnknownPlace(Exception):
+    """A page cannot go on after a product that no longer exists: its place is unknown."""
+
+    def __init__(self, product_id: int):
+        super().__init__(f"names product {product_id}, which does not exist: its place is unknown")
 
 
 class InsufficientStock(Exception):
@@ -600,40 +608,52 @@ class Store:
         *,
         q: str | None = None,
         available: bool | None = None,
+        sort: str = "id",
         after: int = 0,
         limit: int | None = None,
     ) -> tuple[str, int | None]:
-        """The products by id as the text of JSON objects, and the id to go on after, or None.
+        """The products as the text of JSON objects, and the id to go on after, or None.
 
         q: only products that have each of these words in name or description, in any order,
-        ignoring case and accents. available: only those with stock, or without. after, limit: a
-        page. SQLite renders and joins the rows, three times as fast as json.dumps and without
-        holding the interpreter, so prices are decimals here, not cents.
+        ignoring case and accents. available: only those with stock, or without. sort: a key of
+        PRODUCT_ORDERS. after, limit: a page. SQLite renders and joins the rows, three times as
+        fast as json.dumps and without holding the interpreter, so prices are decimals here, not
+        cents. Raises UnknownPlace.
         """
         words = sorted(set(fold(q or "").split()), key=len)
-        conditions = ["product.id > :after"]
+        going_on, order = PRODUCT_ORDERS[sort]
+        conditions = [going_on] if after else ["TRUE"]
         if available is not None:
             conditions.append("(stock > 0) = :available")
         if words:
             conditions.append("instr(words, :longest_word)")  # the rarest, most likely
         if len(words) > 1:
             conditions.append(HAS_OTHER_WORDS)
-        sql = select_page(
-            SEARCH_PRODUCTS if words else SELECT_PRODUCTS, conditions, "ORDER BY product.id"
-        )
-        parameters = {
+        by_name = sort.endswith("name")
+        select = SEARCH_PRODUCTS if words or by_name else SELECT_PRODUCTS
+        sql = select_page(select, conditions, order)
+        parameters: dict[str, Any] = {
             "longest_word": words.pop() if words else None,
             "other_words": json.dumps(words),
             "available": available,
             "after": after,
             "limit": limit + 1 if limit else -1,
         }
+        if after and not sort.endswith("id"):
+            parameters["value"] = self._sort_value(after, by_name)
         if not limit:
             [(text,)] = self._read("SELECT group_concat(json) FROM (" + sql + ")", parameters)
             return text or "", None
         rows = self._read(sql, parameters)
         next_after = rows[limit - 1]["id"] if len(rows) > limit else None
         return ",".join(row["json"] for row in rows[:limit]), next_after
+
+    def _sort_value(self, product_id: int, by_name: bool) -> object:
+        """What a product is sorted by. Raises UnknownPlace."""
+        rows = self._read(SELECT_PRODUCT, {"id": product_id})
+        if not rows:
+            raise UnknownPlace(product_id)
+        return rows[0]["name"].casefold() if by_name else rows[0]["price"]
 
     def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
@@ -721,18 +741,30 @@ class Store:
     # --- orders
 
     def list_orders(
-        self, *, status: str | None = None, after: int = 0, limit: int = 100
+        self,
+        *,
+        status: str | None = None,
+        reference: str | None = None,
+        sort: str = "id",
+        after: int = 0,
+        limit: int = 100,
     ) -> tuple[list[dict], int | None]:
-        """A page of the orders by id, and the id to go on after (None where nothing follows).
+        """A page of the orders, and the id to go on after (None where nothing follows).
 
-        status: only orders of this one. after, limit: the page.
+        status, reference: only orders that have these. sort: a key of ORDER_ORDERS. after, limit:
+        the page.
         """
-        conditions = ["id > :after"]
+        going_on, order = ORDER_ORDERS[sort]
+        conditions = [going_on] if after else ["TRUE"]
         if status is not None:
             conditions.append("status = :status")
+        if reference is not None:
+            conditions.append("reference = :reference")
+        if reference:
+            conditions.append("reference <> ''")  # lets SQLite use the partial index
         rows = self._read(
-            select_page("SELECT * FROM orders", conditions, "ORDER BY id"),
-            {"status": status, "after": after, "limit": limit + 1},
+            select_page("SELECT * FROM orders", conditions, order),
+            {"status": status, "reference": reference, "after": after, "limit": limit + 1},
         )
         next_after = rows[limit - 1]["id"] if len(rows) > limit else None
         # Lines never change, so a second statement sees the lines that the first one meant.
@@ -744,12 +776,12 @@ class Store:
         order = self._one("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
         return with_lines([order], self._read(SELECT_LINES, ids_of([order])))[0]
 
-    def create_order(self, products: list[dict]) -> dict:
+    def create_order(self, products: list[dict], reference: str = "") -> dict:
         """Take the stock of every line, or of none, and return the new, pending order.
 
         products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
-        once. Raises UnknownProducts, InsufficientStock with every short line, ValueError where
-        there is no line.
+        once. reference: the caller's own text. Raises UnknownProducts, InsufficientStock with
+        every short line, ValueError where there is no line.
         """
         if not products:
             raise ValueError("An order needs at least one line.")
@@ -758,11 +790,12 @@ class Store:
             order = {
                 "total": sum(line["price"] * line["quantity"] for line in lines),
                 "created_at": timestamp(),
+                "reference": reference,
             }
             order_id = connection.execute(
                 """
-                INSERT INTO orders (total, created_at)
-                VALUES (:total, :created_at)
+                INSERT INTO orders (total, created_at, reference)
+                VALUES (:total, :created_at, :reference)
                 """,
                 order,
             ).lastrowid
@@ -930,6 +963,28 @@ SELECT_PRODUCTS = """
 SEARCH_PRODUCTS = SELECT_PRODUCTS.replace(
     "FROM product", "FROM product_search CROSS JOIN product ON product.id = product_id"
 )
+# How a page goes on behind an item, and its order: equal values go by id. Each has its index.
+PRODUCT_ORDERS = {
+    "id": ("product.id > :after", "product.id"),
+    "-id": ("product.id < :after", "product.id DESC"),
+    "name": (
+        "(sort_name, product_id) > (:value, :after)",
+        "sort_name, product_id",
+    ),
+    "-name": (
+        "sort_name <= :value AND (sort_name < :value OR product_id > :after)",
+        "sort_name DESC, product_id",
+    ),
+    "price": (
+        "(price, product.id) > (:value, :after)",
+        "price, product.id",
+    ),
+    "-price": (
+        "price <= :value AND (price < :value OR product.id > :after)",
+        "price DESC, product.id",
+    ),
+}
+ORDER_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words) WHERE NOT instr(words, value))
 """
@@ -944,7 +999,7 @@ SELECT_LINES = """
 
 def select_page(select: str, conditions: list[str], order: str) -> str:
     """A query for a page, put together from constants: so that each can use its index."""
-    return " ".join([select, "WHERE", " AND ".join(conditions), order, "LIMIT :limit"])
+    return " ".join([select, "WHERE", " AND ".join(conditions), "ORDER BY", order, "LIMIT :limit"])
 
 
 def ids_of(rows: list) -> dict:
@@ -965,9 +1020,10 @@ def shortage(product_id: int, requested: int, available: int) -> dict:
 
 
 SAVE_SEARCH = """
-    INSERT INTO product_search (product_id, words)
-    VALUES (:id, :words)
-        ON CONFLICT (product_id) DO UPDATE SET words = excluded.words
+    INSERT INTO product_search (product_id, sort_name, words)
+    VALUES (:id, :sort_name, :words)
+        ON CONFLICT (product_id) DO UPDATE
+       SET sort_name = excluded.sort_name, words = excluded.words
 """
 
 
@@ -982,7 +1038,7 @@ def fold(text: str) -> str:
 
 def search_row(product: dict | sqlite3.Row) -> dict:
     text = f"{product['name']}\n{product['description']}"
-    return {"id": product["id"], "words": fold(text)}
+    return {"id": product["id"], "sort_name": product["name"].casefold(), "words": fold(text)}
 
 
 # ------------------------------------------------------------------------------------ migrations
@@ -1005,8 +1061,15 @@ def fill_search(connection: sqlite3.Connection) -> None:
 
 MIGRATIONS = [
     Migration(),  # 0 to 1: a new file
-    Migration(fill=fill_search),  # 1 to 2: product_search
+    Migration(),  # 1 to 2: product_search, made anew by 3 to 4
     Migration(),  # 2 to 3: idempotency_key_by_time
+    Migration(  # 3 to 4: references of orders, product_search with names to sort by
+        alter=(
+            "ALTER TABLE orders ADD COLUMN reference TEXT NOT NULL DEFAULT ''",
+            "DROP TABLE IF EXISTS product_search",
+        ),
+        fill=fill_search,
+    ),
 ]
 
 
@@ -1089,8 +1152,10 @@ def backup(
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Raise DatabaseError where a backup must not go."""
-    if target.exists() and (not overwrite or not target.is_file() or target.samefile(source)):
-        raise DatabaseError(f"{target} exists already.")
+    if target.exists() and (not target.is_file() or target.samefile(source)):
+        raise DatabaseError(f"{target} is nothing that a backup may replace.")
+    if target.exists() and not overwrite:
+        raise DatabaseError(f"{target} exists already: --overwrite replaces it.")
     # SQLite would take a WAL that lies beside the copy for the copy's own.
     for suffix in "-wal", "-shm", "-journal":
         if target.name.endswith(suffix) or target.with_name(target.name + suffix).exists():

@@ -6,7 +6,7 @@
 -- go to the end of their table, where ALTER TABLE puts them too.
 
 PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: the file is ours
-PRAGMA user_version = 3;             -- SCHEMA_VERSION
+PRAGMA user_version = 4;             -- SCHEMA_VERSION
 
 
 -- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes it.
@@ -22,13 +22,22 @@ CREATE TABLE IF NOT EXISTS product (
 ) STRICT;
 
 
--- What a search looks into: a product's name and description without case and accents, as db.fold()
--- makes it. A table of its own, because SQLite has no such function: only Python can fill it, and
--- a search then reads nothing else.
+-- Pages by price: a product's id stands in an index by itself, ascending in both directions.
+CREATE INDEX IF NOT EXISTS product_by_price ON product (price);
+CREATE INDEX IF NOT EXISTS product_by_price_down ON product (price DESC);
+
+
+-- What products are searched and sorted by, as Python folds it, for SQLite cannot: the name without
+-- case, and name and description without case and accents. A table of its own, so that a search
+-- reads nothing else.
 CREATE TABLE IF NOT EXISTS product_search (
     product_id INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
+    sort_name  TEXT NOT NULL,
     words      TEXT NOT NULL
 ) STRICT;
+
+CREATE INDEX IF NOT EXISTS product_by_name ON product_search (sort_name);
+CREATE INDEX IF NOT EXISTS product_by_name_down ON product_search (sort_name DESC);
 
 
 -- What was bought, and what became of it ("order" alone is a word of SQL). Never deleted.
@@ -37,8 +46,13 @@ CREATE TABLE IF NOT EXISTS orders (
     status     TEXT NOT NULL DEFAULT 'pending'
                CHECK (status IN ('pending', 'completed', 'cancelled')),
     total      INTEGER NOT NULL CHECK (total BETWEEN 0 AND 1000000000000000),  -- cents, all lines
-    created_at TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
+    created_at TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z'),
+    reference  TEXT NOT NULL DEFAULT ''                                        -- the caller's own
+               CHECK (length(reference) <= 200 AND instr(reference, char(0)) = 0)
 ) STRICT;
+
+-- Orders without a reference are not in it, and pay nothing for it.
+CREATE INDEX IF NOT EXISTS orders_by_reference ON orders (reference) WHERE reference <> '';
 
 -- Pages of the orders of one status. An index holds the id by itself.
 CREATE INDEX IF NOT EXISTS orders_by_status ON orders (status);

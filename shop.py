@@ -19,6 +19,7 @@ A request from socket to SQL:
     6 Store.create_order           SQL
 """
 
+import base64
 import collections
 import contextlib
 import decimal
@@ -35,6 +36,7 @@ import queue
 import re
 import resource
 import select
+import shlex
 import signal
 import socket
 import string
@@ -59,6 +61,7 @@ import waitress.wasyncore
 
 import db
 
+VERSION = "1.0.0"
 MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
 MAX_PARAMETERS = 20  # of a query
@@ -67,18 +70,18 @@ RETRY_AFTER = "1"  # seconds
 
 # ---------------------------------------------------------------------------------------- schemas
 # What a valid request and response is, as JSON Schema. Validation, its messages and /openapi.json
-# all read it. Four keywords are the shop's own, and /openapi.json leaves them out: `decimals` that
-# a number may have (it is validated into whole hundredths), `unique_by` a field of an array's
+# all read it. Four keywords are the shop's own, and /openapi.json says them in words: `decimals`
+# that a number may have (it is validated into whole hundredths), `unique_by` a field of an array's
 # items, `default` of an absent field, and `message` for a pattern that does not match.
 
 
 def object_schema(required: str = "", /, **properties: dict) -> dict:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required.split(),
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+def body_schema(required: str = "", /, **properties: dict) -> dict:
+    """The object of a request, where a typo must not pass as a new field."""
+    return object_schema(required, **properties) | {"additionalProperties": False}
 
 
 # Unicode's White_Space, spelled out because \s means something else in every dialect.
@@ -98,37 +101,29 @@ PRICE = {"type": "number", "minimum": 0, "maximum": 1_000_000, "decimals": 2}
 STOCK = {"type": "integer", "minimum": 0, "maximum": db.MAX_STOCK}
 CHANGE = {"type": "integer", "minimum": -db.MAX_STOCK, "maximum": db.MAX_STOCK}
 QUANTITY = {"type": "integer", "minimum": 1, "maximum": 100_000}
+REFERENCE = TEXT | {
+    "maxLength": 200,
+    "description": "The caller's own text: a cart, a customer, a payment. It need not be unique.",
+}
 STATUS = {"type": "string", "enum": ["pending", "completed", "cancelled"]}
 NEW_STATUS = {"type": "string", "enum": ["completed", "cancelled"]}
 TOTAL = {"type": "number", "minimum": 0, "maximum": 10**13, "decimals": 2}
 TIME = {"type": "string", "format": "date-time", "pattern": "Z$"}
 NEXT = {"type": ["string", "null"], "description": "The URL of the next page."}
 
-PRODUCT = object_schema(
-    "id name description price stock",
-    id=ID,
-    name=NAME,
-    description=DESCRIPTION,
-    price=PRICE,
-    stock=STOCK,
-)
-NEW_PRODUCT = object_schema(
-    "name price",
-    name=NAME,
-    description=DESCRIPTION | {"default": ""},
-    price=PRICE,
-    stock=STOCK | {"default": 0},
-)
-PRODUCT_UPDATE = object_schema(
-    name=NAME,
-    description=DESCRIPTION,
-    price=PRICE,
-    stock=STOCK,
-) | {"minProperties": 1}
-STOCK_UPDATE = object_schema("change", change=CHANGE)
+PRODUCT_FIELDS: dict[str, dict] = {
+    "name": NAME,
+    "description": DESCRIPTION | {"default": ""},
+    "price": PRICE,
+    "stock": STOCK | {"default": 0},
+}
+PRODUCT = object_schema(" ".join(["id", *PRODUCT_FIELDS]), id=ID, **PRODUCT_FIELDS)
+NEW_PRODUCT = body_schema("name price", **PRODUCT_FIELDS)
+PRODUCT_UPDATE = body_schema(**PRODUCT_FIELDS) | {"minProperties": 1}
+STOCK_UPDATE = body_schema("change", change=CHANGE)
 PRODUCTS = object_schema("products next", products={"type": "array", "items": PRODUCT}, next=NEXT)
 
-NEW_LINE = object_schema("product_id quantity", product_id=ID, quantity=QUANTITY)
+NEW_LINE = body_schema("product_id quantity", product_id=ID, quantity=QUANTITY)
 LINE = object_schema(
     "product_id name price quantity",
     product_id=ID,
@@ -138,18 +133,20 @@ LINE = object_schema(
 )
 LINES = {"type": "array", "minItems": 1, "maxItems": 100}
 ORDER = object_schema(
-    "id status total_price created_at products",
+    "id status total_price created_at reference products",
     id=ID,
     status=STATUS,
     total_price=TOTAL,
     created_at=TIME,
+    reference=REFERENCE,
     products=LINES | {"items": LINE},
 )
-NEW_ORDER = object_schema(
+NEW_ORDER = body_schema(
     "products",
     products=LINES | {"items": NEW_LINE, "unique_by": "product_id"},
+    reference=REFERENCE | {"default": ""},
 )
-ORDER_UPDATE = object_schema("status", status=NEW_STATUS)
+ORDER_UPDATE = body_schema("status", status=NEW_STATUS)
 ORDERS = object_schema("orders next", orders={"type": "array", "items": ORDER}, next=NEXT)
 
 HEALTH = object_schema(
@@ -171,26 +168,65 @@ SHORTAGE = object_schema(
 )
 PROBLEM = object_schema(
     "type title status detail",
-    type={"type": "string"},
+    type={"type": "string", "const": "about:blank"},  # so that clients can tell it from the others
     title={"type": "string"},
     status={"type": "integer"},
     detail={"type": "string"},
-    errors={"type": "array", "items": ERROR},
-    shortages={"type": "array", "items": SHORTAGE},
 )
+
+
+def problem_schema(kind: str, status: int, /, **members: dict) -> dict:
+    """A problem of a type of its own, on which clients can decide."""
+    return object_schema(
+        " ".join(["type title status detail", *members]),
+        type={"type": "string", "const": f"urn:problem-type:{kind}"},
+        title={"type": "string"},
+        status={"type": "integer", "const": status},
+        detail={"type": "string"},
+        **members,
+    )
+
+
+INSUFFICIENT_STOCK = problem_schema(
+    "insufficient-stock", 409, shortages={"type": "array", "items": SHORTAGE}
+)
+INVALID_TRANSITION = problem_schema("invalid-transition", 409)
+VALIDATION_FAILED = problem_schema("validation", 422, errors={"type": "array", "items": ERROR})
+IDEMPOTENCY_KEY_REUSED = problem_schema("idempotency-key-reused", 422)
 
 # Bare, or quoted as a string of RFC 8941.
 KEY = {"type": "string", "pattern": r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$'}
-AFTER = ID | {"minimum": 0, "description": "Only items after the one with this id."}
+AFTER = ID | {
+    "minimum": 0,
+    "description": "Go on behind the item with this id, in the order asked for; 0: from the start.",
+}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items of a page."}
 NO_QUERY = object_schema()
+
+
+def sort_schema(orders: dict) -> dict:
+    return {
+        "type": "string",
+        "enum": list(orders),
+        "default": "id",
+        "description": "The order of the items; a leading - reverses it.",
+    }
+
+
 PRODUCT_QUERY = object_schema(
-    q=TEXT | {"description": "Text in name or description, ignoring case."},
+    q=TEXT | {"description": "Words in name or description, ignoring case and accents."},
     available={"type": "boolean", "description": "Only products with stock, or without."},
+    sort=sort_schema(db.PRODUCT_ORDERS),
     limit=LIMIT,
     after=AFTER,
 )
-ORDER_QUERY = object_schema(status=STATUS, limit=LIMIT | {"default": 100}, after=AFTER)
+ORDER_QUERY = object_schema(
+    status=STATUS | {"description": "Only orders of this status."},
+    reference=REFERENCE | {"description": "Only orders with just this reference."},
+    sort=sort_schema(db.ORDER_ORDERS),
+    limit=LIMIT | {"default": 100},
+    after=AFTER,
+)
 
 
 # ----------------------------------------------------------------------------------------- routes
@@ -209,8 +245,8 @@ class Spec(NamedTuple):
     body: dict | None = None  # schema of the request's body
     query: dict = NO_QUERY
     media_types: tuple = (JSON,)  # that the body may have
-    public: bool = False  # open to everyone, even when a token is set
-    conflicts: bool = False  # can be 409
+    access: str = "admin"  # whose token it needs, if that is set: admin, order, or nobody
+    conflict: dict | None = None  # schema of its 409
     slow: bool = False  # can take long: the server runs it beside the others
 
 
@@ -229,16 +265,19 @@ INDEX = {
     "health": "/healthz",
     "openapi": "/openapi.json",
 }
-INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, {"type": "string"}))
+INDEX_SCHEMA = object_schema(" ".join(INDEX), **dict.fromkeys(INDEX, {"type": "string"}))
 
 
-@api.get("/", spec=Spec(INDEX_SCHEMA, public=True))
-def get_index():
-    """List the paths."""
-    return json_response({name: mount_point() + path for name, path in INDEX.items()})
+@api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody"))
+def get_index(secured):
+    """List the paths; a browser gets a page about them."""
+    if prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
+        return html_response(render_page(mount_point(), secured))
+    index = {name: mount_point() + path for name, path in INDEX.items()}
+    return json_response(index, Vary="Accept")
 
 
-@api.get("/healthz", spec=Spec(HEALTH, public=True))
+@api.get("/healthz", spec=Spec(HEALTH, access="nobody"))
 def get_health(store):
     """Tell whether the database can be read."""
     store.check_health()
@@ -246,15 +285,18 @@ def get_health(store):
     return json_response(health, **{"Cache-Control": "no-store"})
 
 
-@api.get("/openapi.json", spec=Spec({"type": "object"}, public=True))
+@api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody"))
 def get_openapi(store, secured):
     """Describe this interface as OpenAPI 3.1."""
     return json_response(openapi_document(mount_point(), secured))
 
 
-@api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, public=True, slow=True))
+@api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, access="nobody", slow=True))
 def list_products(store, query):
-    """List the products by id, all of them or a page."""
+    """List the products, all of them or a page.
+
+    With limit a page: next, and the header Link, name the one that follows.
+    """
     products, next_after = store.list_products(**query)
     return page_response("/products/", "products", f"[{products}]", query, next_after)
 
@@ -267,7 +309,7 @@ def create_product(store, body):
     return json_response(product_to_json(product), 201, Location=location)
 
 
-@api.get("/products/<product_id:id>/", spec=Spec(PRODUCT, public=True))
+@api.get("/products/<product_id:id>/", spec=Spec(PRODUCT, access="nobody"))
 def get_product(store, product_id):
     """Get a product."""
     return product_response(store.get_product(product_id))
@@ -291,7 +333,7 @@ def delete_product(store, product_id, if_match):
 
 @api.post(
     "/products/<product_id:id>/stock/",
-    spec=Spec(PRODUCT, body=STOCK_UPDATE, conflicts=True),
+    spec=Spec(PRODUCT, body=STOCK_UPDATE, conflict=INSUFFICIENT_STOCK),
 )
 def update_stock(store, product_id, body, if_match):
     """Add to a product's stock, or take from it."""
@@ -300,15 +342,23 @@ def update_stock(store, product_id, body, if_match):
 
 @api.get("/orders/", spec=Spec(ORDERS, query=ORDER_QUERY, slow=True))
 def list_orders(store, query):
-    """List a page of the orders by id."""
+    """List a page of the orders.
+
+    Polling with after, the last id seen, follows new orders; sort=-id begins with the newest.
+    """
     orders, next_after = store.list_orders(**query)
     items = json_encode([order_to_json(order) for order in orders])
     return page_response("/orders/", "orders", items, query, next_after)
 
 
-@api.post("/orders/", spec=Spec(ORDER, 201, body=NEW_ORDER, public=True, conflicts=True))
+@api.post(
+    "/orders/", spec=Spec(ORDER, 201, body=NEW_ORDER, access="order", conflict=INSUFFICIENT_STOCK)
+)
 def create_order(store, body):
-    """Place an order: the stock of every line is deducted, or nothing is."""
+    """Place an order: the stock of every line is deducted, or nothing is.
+
+    Name and price are copied: later edits of the product do not touch the order.
+    """
     order = store.create_order(**body)
     location = f"{mount_point()}/orders/{order['id']}/"
     return json_response(order_to_json(order), 201, Location=location)
@@ -320,7 +370,9 @@ def get_order(store, order_id):
     return order_response(store.get_order(order_id))
 
 
-@api.patch("/orders/<order_id:id>/", spec=Spec(ORDER, body=ORDER_UPDATE, conflicts=True))
+@api.patch(
+    "/orders/<order_id:id>/", spec=Spec(ORDER, body=ORDER_UPDATE, conflict=INVALID_TRANSITION)
+)
 def update_order(store, order_id, body, if_match):
     """Complete a pending order, or cancel it and put its stock back."""
     return order_response(store.update_order(order_id, if_match=if_match, **body))
@@ -345,6 +397,38 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
     return response
 
 
+def html_response(page: str):
+    """A page that runs and loads nothing but the style and the script in it."""
+    style, script = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in re.findall("<(?:style|script)>(.*?)</", page, re.DOTALL)
+    )
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{style}'; "
+        f"script-src 'sha256-{script}'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+        "Vary": "Accept",
+    }
+    return bottle.HTTPResponse(page.encode(), 200, headers)
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header puts text/html before application/json, as browsers do."""
+    return quality(accept, "text/html") > quality(accept, JSON)
+
+
+def quality(accept: str, media_type: str) -> float:
+    """What an Accept header gives to a media type (RFC 9110, 12.5.1)."""
+    ranges = [media_type, media_type.partition("/")[0] + "/*", "*/*"]
+    qualities = {}
+    for item in accept.lower().split(","):
+        name, *parameters = item.replace(" ", "").split(";")
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        qualities[name] = float(weight) if re.fullmatch(r"[01](\.\d{0,3})?", weight) else 0
+    return next((qualities[name] for name in ranges if name in qualities), 0)
+
+
 def product_to_json(product: dict) -> dict:
     return {**product, "price": product["price"] / 100}
 
@@ -355,6 +439,7 @@ def order_to_json(order: dict) -> dict:
         "status": order["status"],
         "total_price": order["total"] / 100,
         "created_at": order["created_at"],
+        "reference": order["reference"],
         "products": [{**line, "price": line["price"] / 100} for line in order["lines"]],
     }
 
@@ -488,6 +573,13 @@ def precondition_failed(error: db.PreconditionFailed | None = None) -> Problem:
     environ = bottle.request.environ
     if environ["REQUEST_METHOD"] == "POST" and bottle.request.route.config["spec"].status == 201:
         return Problem(412, "A collection has no state to match: send no If-Match.")
+    if_match = environ.get("HTTP_IF_MATCH", "")
+    if re.fullmatch(r'[\s,]*(W/"[^"]*"[\s,]*)+', if_match):
+        return Problem(
+            412,
+            "If-Match holds only weak tags, which never match: send the ETag without W/, "
+            "or fetch the resource without compression.",
+        )
     return Problem(412, "The resource has changed since you read it: fetch it again and retry.")
 
 
@@ -511,6 +603,7 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     ),
     db.ExcessiveStock: lambda error: invalid_body([(("change",), str(error))]),
     db.UnknownProducts: unknown_products,
+    db.UnknownPlace: lambda error: invalid_query([(("after",), str(error))]),
     db.DatabaseUnavailable: unavailable,
     Exception: internal_error,
 }
@@ -546,9 +639,13 @@ class Plugin:
     name = "shop"
     api = 2
 
-    def __init__(self, store: db.Store, admin_token: str | None):
+    def __init__(self, store: db.Store, admin_token: str | None, order_token: str | None):
         self.store = store
-        self.admin_token = admin_token
+        self.tokens: dict[str, list[str]] = {}  # by access: what may be sent
+        if admin_token:
+            self.tokens["admin"] = [admin_token]
+        if admin_token and order_token:
+            self.tokens["order"] = [admin_token, order_token]
 
     def apply(self, callback: Callable, route: bottle.Route) -> Callable:
         spec = route.config.get("spec")
@@ -569,11 +666,11 @@ class Plugin:
     def respond(self, callback: Callable, names: list, spec: Spec, path_ids: dict):
         """The response of a route to the request that Bottle is handling."""
         environ = bottle.request.environ
-        if self.admin_token and not spec.public:
-            self.authorize(environ)
+        if spec.access in self.tokens:
+            authorize(environ, self.tokens[spec.access])
         arguments = {
             "store": self.store,
-            "secured": bool(self.admin_token),
+            "secured": frozenset(self.tokens),
             "query": read_query(environ.get("QUERY_STRING"), spec.query),
             **path_ids,
         }
@@ -612,15 +709,17 @@ class Plugin:
             response.set_header("Idempotent-Replayed", "true")
         return response
 
-    def authorize(self, environ: dict) -> None:
-        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        same = hmac.compare_digest(token.strip().encode(), (self.admin_token or "").encode())
-        if scheme.lower() != "bearer" or not same:
-            raise Problem(
-                401,
-                "A token is needed: Authorization: Bearer <token>",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+
+def authorize(environ: dict, tokens: list[str]) -> None:
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    sent = token.strip().encode()
+    known = [hmac.compare_digest(sent, token.encode()) for token in tokens]
+    if scheme.lower() != "bearer" or not any(known):
+        raise Problem(
+            401,
+            "A token is needed: Authorization: Bearer <token>",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 def read_query(text: str | None, schema: dict) -> dict:
@@ -820,6 +919,11 @@ json_decode = json.JSONDecoder(
 HEADER_NAMES = {"Etag": "ETag", "Www-Authenticate": "WWW-Authenticate"}
 
 
+# What a page of another origin may send, and see (https://fetch.spec.whatwg.org).
+CORS_REQUEST = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match"
+CORS_RESPONSE = "ETag, Link, Location, Retry-After, Idempotent-Replayed"
+
+
 class Application:
     """A shop as a WSGI application.
 
@@ -828,12 +932,19 @@ class Application:
     error handlers and hooks.
     """
 
-    def __init__(self, store: db.Store, admin_token: str | None = None):
+    def __init__(
+        self,
+        store: db.Store,
+        admin_token: str | None = None,
+        order_token: str | None = None,
+        cors_origins: frozenset[str] = frozenset(),
+    ):
         self.store = store
+        self.cors_origins = cors_origins
         self.bottle = new_bottle()
         self.slow_paths: set[str] = set()
         self.bottle.default_error_handler = handle_http_error
-        self.bottle.install(Plugin(store, admin_token))
+        self.bottle.install(Plugin(store, admin_token, order_token))
         for route in api.routes:
             # A path works with its last slash and without.
             rules = {route.rule.rstrip("/") or "/", route.rule.rstrip("/") + "/"}
@@ -851,12 +962,32 @@ class Application:
             environ["PATH_INFO"] = quote(path, encoding="latin-1", errors="replace")
 
         def start(status: str, headers: list, exc_info=None):
+            spelled = [(HEADER_NAMES.get(name, name), value) for name, value in headers]
+            if self.cors_origins:
+                spelled = self.allow_origin(environ, spelled)
             # Without exc_info: a Bottle that mounts this one would raise it again.
-            return start_response(
-                status, [(HEADER_NAMES.get(name, name), value) for name, value in headers]
-            )
+            return start_response(status, spelled)
 
         return self.bottle(environ, start)
+
+    def allow_origin(self, environ: dict, headers: list) -> list:
+        """The headers, and those that let a page of an origin in CORS_ORIGINS see the response."""
+        origin = environ.get("HTTP_ORIGIN")
+        allowed = "*" if "*" in self.cors_origins else origin
+        added = {}
+        if "*" not in self.cors_origins:
+            vary = [value for name, value in headers if name == "Vary"]
+            headers = [pair for pair in headers if pair[0] != "Vary"]
+            added["Vary"] = ", ".join([*vary, "Origin"])
+        if allowed in self.cors_origins:
+            added["Access-Control-Allow-Origin"] = allowed
+            added["Access-Control-Expose-Headers"] = CORS_RESPONSE
+            allow = dict(headers).get("Allow")
+            if allow and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
+                added["Access-Control-Allow-Methods"] = allow
+                added["Access-Control-Allow-Headers"] = CORS_REQUEST
+                added["Access-Control-Max-Age"] = "600"
+        return [*headers, *added.items()]
 
     def is_slow(self, path: str) -> bool:
         """Whether a GET of this path can take long."""
@@ -872,6 +1003,8 @@ def create_app(
     admin_token: str | None = None,
     debug: bool = False,
     *,
+    order_token: str | None = None,
+    cors_origins: str = "",
     read_only: bool = False,
     litestream: bool = False,
     lock_timeout: float = 5.0,
@@ -880,14 +1013,17 @@ def create_app(
 
     database_url: as sqlite:///db.sqlite3; None takes what is not given from the environment.
     admin_token: what Authorization: Bearer must carry; None leaves the shop open to everyone.
-    debug: log every SQL statement. read_only: serve a copy that another process renews.
-    litestream: leave checkpoints to Litestream. lock_timeout: seconds that a write waits for
-    another process. Raises ConfigError for a setting, db.DatabaseError for a database that cannot
-    be used.
+    order_token: what placing an order must carry; None leaves that open to everyone.
+    debug: log every SQL statement. cors_origins: the origins of pages that may call the shop.
+    read_only: serve a copy that another process renews. litestream: leave checkpoints to
+    Litestream. lock_timeout: seconds that a write waits for another process. Raises ConfigError
+    for a setting, db.DatabaseError for a database that cannot be used.
     """
     environ = read_environment() if database_url is None else {"DATABASE_URL": database_url}
     arguments = {
         "ADMIN_TOKEN": admin_token,
+        "ORDER_TOKEN": order_token,
+        "CORS_ORIGINS": cors_origins,
         "DEBUG": debug and "true",
         "READ_ONLY": read_only and "true",
         "LITESTREAM": litestream and "true",
@@ -1075,121 +1211,226 @@ COMPILERS = {
 
 
 # ---------------------------------------------------------------------------------- documentation
-
-
-def string_header(**keywords) -> dict:
-    return {"schema": {"type": "string", **keywords}}
-
+# /openapi.json, and from it the page at /: made of the routes and their schemas.
 
 SCHEMAS = {
     "Product": PRODUCT,
     "NewProduct": NEW_PRODUCT,
     "ProductUpdate": PRODUCT_UPDATE,
     "StockUpdate": STOCK_UPDATE,
-    "Products": PRODUCTS,
+    "ProductList": PRODUCTS,
     "Order": ORDER,
+    "OrderLine": LINE,
     "NewOrder": NEW_ORDER,
+    "NewOrderLine": NEW_LINE,
     "OrderUpdate": ORDER_UPDATE,
-    "Orders": ORDERS,
+    "OrderList": ORDERS,
     "Health": HEALTH,
+    "Index": INDEX_SCHEMA,
     "Problem": PROBLEM,
+    "InsufficientStock": INSUFFICIENT_STOCK,
+    "Shortage": SHORTAGE,
+    "InvalidTransition": INVALID_TRANSITION,
+    "ValidationFailed": VALIDATION_FAILED,
+    "InvalidField": ERROR,
+    "IdempotencyKeyReused": IDEMPOTENCY_KEY_REUSED,
 }
+MUG = {"id": 1, "name": "Mug", "description": "Blue", "price": 9.99, "stock": 12}
+SOLD_MUG = {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2}
+CART = {
+    "id": 7,
+    "status": "pending",
+    "total_price": 19.98,
+    "created_at": "2026-11-22T10:15:30Z",
+    "reference": "cart-17",
+    "products": [SOLD_MUG],
+}
+SHORT_MUG = {"product_id": 1, "requested": 15, "available": 12}
+EXAMPLES = {
+    "Product": MUG,
+    "NewProduct": {name: MUG[name] for name in PRODUCT_FIELDS},
+    "ProductUpdate": {"price": 8.5},
+    "StockUpdate": {"change": -3},
+    "ProductList": {"products": [MUG], "next": None},
+    "Order": CART,
+    "OrderLine": SOLD_MUG,
+    "NewOrder": {"products": [{"product_id": 1, "quantity": 2}], "reference": "cart-17"},
+    "NewOrderLine": {"product_id": 1, "quantity": 2},
+    "OrderUpdate": {"status": "completed"},
+    "OrderList": {"orders": [CART], "next": None},
+    "Health": {"status": "ok"},
+    "Index": INDEX,
+    "Shortage": SHORT_MUG,
+    "InvalidField": {"pointer": "#/price", "detail": "price must be a number."},
+}
+
+
+def example_problem(problem: bottle.HTTPResponse) -> dict:
+    return json.loads(problem.body)
+
+
+EXAMPLES |= {
+    "Problem": example_problem(Problem(404, "There is no product 1.")),
+    "InsufficientStock": example_problem(
+        problem_for(db.InsufficientStock([SHORT_MUG])),
+    ),
+    "InvalidTransition": example_problem(
+        problem_for(db.InvalidTransition(7, "completed", "cancelled"))
+    ),
+    "ValidationFailed": example_problem(invalid_body([(("price",), "must be a number")])),
+    "IdempotencyKeyReused": example_problem(problem_for(db.IdempotencyKeyReused())),
+}
+
+
+def string_header(description: str, **keywords) -> dict:
+    return {"description": description, "schema": {"type": "string", **keywords}}
+
+
 ERROR_RESPONSES: dict[int, tuple[str, dict]] = {
     400: ("The request or its body cannot be read.", {}),
-    401: ("A token is set, and the request lacks it.", {"WWW-Authenticate": string_header()}),
+    401: (
+        "A token is set, and the request lacks it.",
+        {"WWW-Authenticate": string_header("Bearer.")},
+    ),
     404: ("No such product or order.", {}),
     408: ("The request took too long to arrive.", {}),
-    409: ("The stock does not suffice, or the order's status does not allow it.", {}),
-    412: ("If-Match does not hold.", {}),
     411: ("The body has no length.", {}),
+    412: ("If-Match or If-None-Match does not hold.", {}),
     413: ("The body is over 128 KiB.", {}),
     415: (
         "The body is not declared as JSON, or is compressed.",
-        {"Accept": string_header(), "Accept-Encoding": string_header()},
+        {
+            "Accept": string_header("The media types that the body may have."),
+            "Accept-Encoding": string_header("identity, where the body was compressed."),
+        },
     ),
     417: ("Expect is not 100-continue.", {}),
-    422: ("The request is not valid, or its Idempotency-Key belongs to another one.", {}),
     431: ("The headers are over 16 KiB.", {}),
     500: ("A fault of the shop.", {}),
     503: (
         "The database is busy, full or unreachable. Nothing was changed.",
-        {"Retry-After": string_header()},
+        {"Retry-After": string_header("Seconds.")},
     ),
 }
-EVERYWHERE = {400, 408, 413, 417, 422, 431, 500}
+EVERYWHERE = {400, 408, 413, 417, 431, 500}
+TAGS = {
+    "products": "What is for sale, and how much of it is left.",
+    "orders": "Sales, with names and prices as they were.",
+    "service": "The paths, their description, and whether the shop is well.",
+}
 
 
-def openapi_document(script_name: str, secured: bool) -> dict:
-    """The interface as OpenAPI 3.1, for a shop mounted there, with a token set or not."""
+def openapi_document(script_name: str, secured: frozenset[str] = frozenset()) -> dict:
+    """The interface as OpenAPI 3.1, for a shop mounted there; secured: Spec.access with a token."""
     paths: dict[str, dict] = {}
     for route in api.routes:
         path = re.sub("<(.*?):id>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = describe_operation(route, secured)
-    return {
+    document = {
         "openapi": "3.1.0",
         "info": {
             "title": "Shop",
-            "version": str(db.SCHEMA_VERSION),
+            "version": VERSION,
             "description": "Products, their stock, and orders that take from it, all or nothing. "
             "HEAD answers wherever GET does; OPTIONS lists the methods of a path.",
         },
         "servers": [{"url": script_name or "/"}],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": {name: describe_schema(schema) for name, schema in SCHEMAS.items()},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {name: describe_schema(schema, name) for name, schema in SCHEMAS.items()},
             "responses": {
-                str(status): describe_error(text, headers)
+                str(status): describe_error(status, text, headers)
                 for status, (text, headers) in ERROR_RESPONSES.items()
+                if status != 401 or secured
             },
         },
     }
+    if secured:
+        schemes = {"token": {"type": "http", "scheme": "bearer"}}
+        document["components"]["securitySchemes"] = schemes  # type: ignore[index]
+    return document
 
 
-def describe_schema(schema: dict) -> dict:
-    """The schema as others know JSON Schema: the shop's own keywords become standard ones."""
+def describe_schema(schema: dict, name: str | None = None) -> dict:
+    """The schema in JSON Schema's own keywords, a nested one that has a name by its reference."""
+    known = next((known for known in SCHEMAS if SCHEMAS[known] is schema), None)
+    if known and known != name:
+        return {"$ref": f"#/components/schemas/{known}"}
     described: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name == "decimals":
-            described["multipleOf"] = 0.01
-        elif name == "unique_by":
-            described["description"] = f"Each {value} once."
-        elif name == "properties":
-            described[name] = {key: describe_schema(item) for key, item in value.items()}
-        elif name == "items":
-            described[name] = describe_schema(value)
-        elif name != "message":
-            described[name] = value
+    words = [schema["description"]] if "description" in schema else []
+    for keyword, value in schema.items():
+        if keyword == "properties":
+            described[keyword] = {key: describe_field(schema, key) for key in value}
+        elif keyword == "items":
+            described[keyword] = describe_schema(value)
+        elif keyword in IN_WORDS:
+            words.append(IN_WORDS[keyword].format(json_encode(value)))
+        elif keyword != "message":
+            described[keyword] = value
+    if words:
+        described["description"] = " ".join(words)
+    if name:
+        described["examples"] = [EXAMPLES[name]]
     return described
 
 
-def describe_error(text: str, headers: dict) -> dict:
-    schema = {"$ref": "#/components/schemas/Problem"}
-    content = {"application/problem+json": {"schema": schema}}
-    headers = {"Cache-Control": string_header(enum=["no-cache"]), **headers}
+def describe_field(schema: dict, name: str) -> dict:
+    field = schema["properties"][name]
+    if name in schema["required"] or "minProperties" in schema:
+        field = {key: value for key, value in field.items() if key != "default"}
+    return describe_schema(field if "items" not in field else schema["properties"][name])
+
+
+IN_WORDS = {
+    "decimals": "At most two decimals.",
+    "unique_by": "Each {} once.",
+    "default": "Default: {}.",
+}
+
+
+def describe_content(media_types: tuple, *schemas: dict) -> dict:
+    described = [describe_schema(schema) for schema in schemas]
+    schema = described[0] if len(described) == 1 else {"oneOf": described}
+    return {media_type: {"schema": schema} for media_type in media_types}
+
+
+def describe_problem(text: str, headers: dict, *schemas: dict) -> dict:
+    headers = {"Cache-Control": string_header("no-cache."), **headers}
+    content = describe_content(("application/problem+json",), *schemas)
     return {"description": text, "headers": headers, "content": content}
 
 
-def describe_content(schema: dict, *media_types: str) -> dict:
-    name = next((name for name, known in SCHEMAS.items() if known is schema), None)
-    described = {"$ref": f"#/components/schemas/{name}"} if name else describe_schema(schema)
-    return {media_type: {"schema": described} for media_type in media_types}
+def describe_error(status: int, text: str, headers: dict) -> dict:
+    """A problem without a type of its own, with an example for its status."""
+    described = describe_problem(text, headers, PROBLEM)
+    for content in described["content"].values():
+        content["example"] = example_problem(Problem(status, text))
+    return described
 
 
-def describe_operation(route: bottle.Route, secured: bool) -> dict:
+def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
     spec = route.config["spec"]
-    needs_token = secured and not spec.public
+    needs_token = spec.access in secured
+    tag = route.rule.split("/")[1]
+    summary, _, description = inspect.cleandoc(route.callback.__doc__).partition("\n\n")
     operation = {
         "operationId": route.callback.__name__,
-        "summary": route.callback.__doc__,
+        "tags": [tag if tag in TAGS else "service"],
+        "summary": summary,
+        "description": description or summary,
         "parameters": describe_parameters(route, spec),
         "security": [{"token": []}] if needs_token else [],
         "responses": describe_responses(route, spec, needs_token),
     }
     if spec.body:
-        content = describe_content(spec.body, *spec.media_types)
+        content = describe_content(spec.media_types, spec.body)
         operation["requestBody"] = {"required": True, "content": content}
     return operation
+
+
+def takes_if_match(route: bottle.Route) -> bool:
+    return "if_match" in inspect.signature(route.callback).parameters
 
 
 def has_etag(route: bottle.Route) -> bool:
@@ -1204,29 +1445,34 @@ def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
     ]
     for name in re.findall("<(.*?):id>", route.rule):
         parameters.append({"name": name, "in": "path", "required": True, "schema": ID})
+    headers = {}
     if route.method == "POST":
-        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": KEY})
-    if has_etag(route) and (route.method == "GET" or takes_if_match(route)):
-        parameters.append({"name": "If-Match", "in": "header", **string_header()})
-    if has_etag(route) and route.method == "GET":
-        parameters.append({"name": "If-None-Match", "in": "header", **string_header()})
-    return parameters
-
-
-def takes_if_match(route: bottle.Route) -> bool:
-    return "if_match" in inspect.signature(route.callback).parameters
+        text = "Done once, however often it is sent with this key."
+        headers["Idempotency-Key"] = {"description": text, "schema": KEY}
+    if has_etag(route):
+        headers["If-Match"] = string_header("ETags: done only if one of them is current.")
+        headers["If-None-Match"] = string_header("ETags: done only if none of them is current.")
+    return parameters + [{"name": name, "in": "header", **headers[name]} for name in headers]
 
 
 def describe_responses(route: bottle.Route, spec: Spec, needs_token: bool) -> dict:
     headers = describe_headers(route, spec)
     success: dict[str, Any] = {"description": "Success.", "headers": headers}
     if spec.response:
-        success["content"] = describe_content(spec.response, JSON)
+        success["content"] = describe_content((JSON,), spec.response)
+    if route.callback is get_index:
+        success["content"]["text/html"] = {"schema": {"type": "string"}}
     responses = {str(spec.status): success}
     if has_etag(route) and route.method == "GET":
         responses["304"] = {"description": "If-None-Match names the ETag.", "headers": headers}
     for status in sorted(error_statuses(route, spec, needs_token)):
         responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
+    if spec.conflict:
+        responses["409"] = describe_problem(
+            "The stock does not suffice, or the order is no longer pending.", {}, spec.conflict
+        )
+    kinds = [VALIDATION_FAILED] + [IDEMPOTENCY_KEY_REUSED] * (route.method == "POST")
+    responses["422"] = describe_problem("The request is not valid.", {}, *kinds)
     return responses
 
 
@@ -1234,7 +1480,7 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
     reachable = {
         401: needs_token,
         404: "<" in route.rule,
-        409: spec.conflicts,
+        411: spec.body is not None,
         412: has_etag(route) or route.method != "GET",
         415: spec.body is not None,
         503: route.callback not in (get_index, get_openapi),
@@ -1245,16 +1491,142 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
 def describe_headers(route: bottle.Route, spec: Spec) -> dict:
     headers = {}
     if route.method == "POST":
-        headers["Idempotent-Replayed"] = string_header(enum=["true"])
+        headers["Idempotent-Replayed"] = string_header("true, from the second time on.")
     if spec.status == 201:
-        headers["Location"] = string_header()
+        headers["Location"] = string_header("The path of what was created.")
     if has_etag(route) and spec.status != 204:
-        headers["ETag"] = string_header()
+        headers["ETag"] = string_header("The version of the content.")
     if route.method == "GET":
-        headers["Cache-Control"] = string_header(enum=["no-cache", "no-store"])
+        headers["Cache-Control"] = string_header("no-cache: ask again each time; or no-store.")
     if "limit" in spec.query["properties"]:
-        headers["Link"] = string_header()
+        headers["Link"] = string_header('<...>; rel="next": the next page.')
+    if route.callback is get_index:
+        headers["Vary"] = string_header("Accept.")
+        headers["Content-Security-Policy"] = string_header("Of the page.")
     return headers
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width"><title>Shop</title><style>
+:root { color-scheme: light dark; --page: #f3f5f8; --card: #fff; --line: #d9dfe7; --soft: #566173 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0e1218; --card: #171d26; --line: #303a47; --soft: #9ba7b6 } }
+* { box-sizing: border-box; min-width: 0; border: 0 solid var(--line); overflow-wrap: anywhere }
+body { max-width: 76rem; margin: auto; padding: 1rem 1rem 5rem; background: var(--page) }
+body, input, button { font: 1rem/1.6 system-ui, sans-serif } summary { padding: .8rem 1rem }
+h2 { margin: 2.5rem 0 .8rem; text-transform: capitalize } h3 { display: inline; margin: 0 .5rem }
+small { color: var(--soft); font-weight: 400 } th small { display: block }
+header { max-width: 46rem } #token { -webkit-text-security: disc } td { padding: .5rem 0 }
+code, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
+details { margin: .6rem 0; background: var(--card); border-width: 1px } h4 { margin: 1rem 0 .6rem }
+details, pre, input, textarea, button { border-radius: .5rem } section > pre { user-select: all }
+article { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 0 3rem; padding: 0 1.2rem 1.2rem }
+b { display: inline-block; width: 5em; border-radius: 4px; text-align: center; font-size: .8rem }
+b, form button { color: #fff; background: #1c5cc0 } .POST { background: #17703f }
+.PATCH { background: #8a4b00 } .DELETE { background: #b3261e } p:empty, pre:empty { display: none }
+table { width: 100%; table-layout: fixed; border-collapse: collapse } tr { border-top-width: 1px }
+tr { vertical-align: top } th { width: 8.6rem; padding: .5rem .6rem .5rem 0; text-align: left }
+pre { margin: .6rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap }
+pre, input, textarea, button { padding: .5rem .8rem; background: var(--page) }
+input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px solid var(--soft) }
+</style><header><h1>Shop</h1>
+<p>{{document["info"]["description"]}} <a href="{{base}}/openapi.json">The same as OpenAPI.</a></p>
+<label>Token <small>for every request below; forgotten when you leave the page</small>
+<input id="token" name="token" autocomplete="off" spellcheck="false"></label></header><main>
+% for tag, operations in groups.items():
+<h2>{{tag}}</h2>
+% for path, verb, operation in operations:
+% fields, body = show_body(operation.get("requestBody", {}))
+% token = ' -H "Authorization: Bearer $TOKEN"' if operation["security"] else ""
+<details id="{{operation["operationId"]}}"><summary><b class="{{verb}}">{{verb}}</b>
+<h3><code>{{path}}</code></h3> {{operation["summary"]}} <small>{{"(token)" * bool(token)}}</small>
+</summary><article><form data-method="{{verb}}" data-path="{{base + path}}" autocomplete="off">
+<p>{{operation["description"].removeprefix(operation["summary"])}}</p><h4>Request</h4><table>
+% for field in operation["parameters"] + fields:
+<tr><th>{{field["name"]}} <small>{{field["in"]}}</small><td>{{in_words(field)}}
+% if field["in"] != "body":
+<input name="{{field["name"]}}" aria-label="{{field["name"]}}" data-in="{{field["in"]}}"
+  {{"required" if field.get("required") else ""}}>
+% end
+% end
+</table>
+% if body:
+<input type="hidden" name="Content-Type" data-in="header" value="application/json"><label>Body
+<textarea name="body" data-in="body" rows="9" spellcheck="false">{{body}}</textarea></label>
+% end
+<button>Send</button><pre role="status" tabindex="0"></pre></form><section>
+<h4>With curl</h4><pre>curl -X {{verb}}{{token}} <span>http://localhost:8000</span>\
+{{base + path.replace("{product_id}", "1").replace("{order_id}", "1")}}\
+{{body and f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"}}</pre>
+<h4>Answers</h4><table>
+% for status, response in operation["responses"].items():
+<tr><th>{{status}} <td>{{resolve(response)["description"]}}
+<pre>{{show_body(resolve(response))[1]}}</pre>
+% end
+</table></section></article></details>
+% end
+% end
+</main><script>
+document.querySelectorAll("pre > span").forEach((span) => { span.textContent = location.origin; });
+async function send(form, token) {
+  const given = { path: {}, query: {}, header: {}, body: {} };
+  if (token) given.header.Authorization = `Bearer ${token}`;
+  for (const { dataset, name, value } of form) if (value) given[dataset.in][name] = value;
+  const path = form.dataset.path.replace(/{(.*?)}/g, (_, id) => encodeURIComponent(given.path[id]));
+  const query = new URLSearchParams(given.query).toString();
+  const response = await fetch(path + (query && `?${query}`), {
+    method: form.dataset.method, headers: given.header, cache: "no-store", ...given.body });
+  const headers = Array.from(response.headers, (pair) => pair.join(": "));
+  let body = await response.text();
+  try { body = JSON.stringify(JSON.parse(body), null, 2); } catch { /* no JSON: as it is */ }
+  return [`${response.status} ${response.statusText}`, ...headers, "", body].join("\\n");
+}
+document.addEventListener("submit", (event) => { event.preventDefault();
+  const show = (text) => { event.target.querySelector("pre").textContent = text; };
+  send(event.target, document.getElementById("token").value).then(show, show);
+});
+</script>
+"""
+
+
+@functools.lru_cache(maxsize=16)
+def render_page(script_name: str, secured: frozenset[str]) -> str:
+    """The OpenAPI document as a page, with a form that sends each of its requests."""
+    document = openapi_document(script_name, secured)
+    groups: dict[str, list] = {tag: [] for tag in TAGS}
+    for path, verbs in document["paths"].items():
+        for verb, operation in verbs.items():
+            groups[operation["tags"][0]].append((path, verb.upper(), operation))
+
+    def resolve(node: dict) -> dict:
+        steps = node.get("$ref", "").split("/")[1:]
+        return functools.reduce(dict.__getitem__, steps, document) if steps else node
+
+    def show_body(part: dict) -> tuple[list, str]:
+        media: dict = next(iter(part.get("content", {}).values()), {"schema": {}})
+        schema = resolve(media["schema"].get("oneOf", [media["schema"]])[0])
+        examples = [media["example"]] if "example" in media else schema.get("examples", [])
+        return list(body_fields(schema)), "".join(json.dumps(it, indent=2) for it in examples)
+
+    def body_fields(schema: dict, prefix: str = ""):
+        for name, field in schema.get("properties", {}).items():
+            required = name in schema["required"]
+            yield {"name": prefix + name, "in": "body", "required": required, "schema": field}
+            yield from body_fields(resolve(field.get("items", {})), f"{prefix}{name}[].\u200b")
+
+    helpers = {"show_body": show_body, "resolve": resolve, "in_words": in_words, "shlex": shlex}
+    return bottle.template(PAGE, helpers, base=script_name, document=document, groups=groups)
+
+
+def in_words(field: dict) -> str:
+    """What a parameter or field may be: "required integer, 1 to 1,000. Items of a page."""
+    schema = field["schema"] | field
+    words = " or ".join(schema.get("enum") or [schema.get("type", "any")])
+    for noun, unit in {"imum": "", "Length": " characters", "Items": " items"}.items():
+        if schema.get(f"max{noun}", ID["maximum"]) < ID["maximum"]:
+            words += f", {schema.get(f'min{noun}', 0):,} to {schema[f'max{noun}']:,}{unit}"
+    return f"{'required ' * field.get('required', 0)}{words}. {schema.get('description', '')}"
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -1263,6 +1635,8 @@ def describe_headers(route: bottle.Route, spec: Spec) -> dict:
 class Settings(NamedTuple):
     database: str = "db.sqlite3"  # a path
     admin_token: str | None = None
+    order_token: str | None = None
+    cors_origins: frozenset[str] = frozenset()
     host: str = "127.0.0.1"
     port: int = 8000
     debug: bool = False
@@ -1282,9 +1656,11 @@ FLAGS |= dict.fromkeys(("false", "0", "no", "off"), False)
 def read_settings(environ: dict) -> Settings:
     """The settings that an environment gives. Raises ConfigError for one that cannot be used."""
     unset = Settings()
-    return Settings(
+    settings = Settings(
         database=read_database_url(environ.get("DATABASE_URL") or f"sqlite:///{unset.database}"),
         admin_token=read_token(environ, "ADMIN_TOKEN"),
+        order_token=read_token(environ, "ORDER_TOKEN"),
+        cors_origins=read_origins(environ.get("CORS_ORIGINS") or ""),
         host=environ.get("HOST") or unset.host,
         port=read_port(environ.get("PORT") or str(unset.port)),
         debug=read_flag(environ, "DEBUG", unset.debug),
@@ -1292,6 +1668,15 @@ def read_settings(environ: dict) -> Settings:
         read_only=read_flag(environ, "READ_ONLY", unset.read_only),
         litestream=read_flag(environ, "LITESTREAM", unset.litestream),
     )
+    if settings.order_token and not settings.admin_token:
+        raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without it everything is open anyway.")
+    return settings
+
+
+def shown(value: str) -> str:
+    """A value as a message shows it: at most 100 characters."""
+    text = repr(value[:101])
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def read_database_url(url: str) -> str:
@@ -1299,14 +1684,25 @@ def read_database_url(url: str) -> str:
     if path == url or path in ("", "/", ":memory:") or "\0" in path:
         raise ConfigError(
             "DATABASE_URL must be sqlite:///FILE, or sqlite:////FILE for an absolute path, "
-            f"not {url!r}."
+            f"not {shown(url)}."
         )
+    if os.path.isdir(path):
+        raise ConfigError(f"DATABASE_URL names a directory, {shown(path)}: it must be a file.")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ConfigError(f"DATABASE_URL names a folder that does not exist: {shown(folder)}.")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # it will be made
+    except OSError as error:
+        raise ConfigError(f"DATABASE_URL: {error.strerror}: {shown(path)}.") from error
     return path
 
 
 def read_port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < 65536):
-        raise ConfigError(f"PORT must be a number up to 65535, not {text!r}.")
+        raise ConfigError(f"PORT must be a number up to 65535, not {shown(text)}.")
     return int(text)
 
 
@@ -1317,27 +1713,56 @@ def read_token(environ: dict, name: str) -> str | None:
     return token
 
 
+def read_origins(text: str) -> frozenset[str]:
+    origins = text.replace(",", " ").split()
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+", origin):
+            raise ConfigError(
+                f"CORS_ORIGINS must be * or origins such as https://shop.example, not "
+                f"{shown(origin)}."
+            )
+    return frozenset(origins)
+
+
 def read_flag(environ: dict, name: str, default: bool) -> bool:
     text = environ.get(name)
     if not text:
         return default
     if text.lower() not in FLAGS:
-        raise ConfigError(f"{name} must be true or false, not {text!r}.")
+        raise ConfigError(f"{name} must be true or false, not {shown(text)}.")
     return FLAGS[text.lower()]
 
 
 def read_environment() -> dict:
     """What is set, and beneath it what a file .env in the working directory sets."""
     try:
-        with open(".env", encoding="utf-8") as file:
-            lines = [line.strip() for line in file if not line.lstrip().startswith("#")]
+        with open(".env", encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The file .env cannot be read: {error}.") from error
-    pairs = (line.partition(" #")[0].partition("=") for line in lines)
-    values = {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            values |= read_env_line(number, line.strip())
     return values | os.environ
+
+
+def read_env_line(number: int, line: str) -> dict[str, str]:
+    """As docker compose reads it: `export`, = or :, quotes, comments. Raises ConfigError."""
+    name, separator, rest = re.findall(r"^(?:export\s+)?(\w*)\s*([=:]?)\s*(.*)", line)[0]
+    quoted = re.fullmatch(r"""(['"])((?:(?!\1)[^\\]|\\.)*)\1\s*(?:#.*)?""", rest)
+    unterminated = rest.startswith(("'", '"')) and not quoted
+    if not separator or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or unterminated:
+        # Nothing of the line is shown: it may be a secret.
+        raise ConfigError(f"Line {number} of .env is not NAME=value.")
+    if not quoted:
+        return {name: re.split(r"\s#", rest)[0].rstrip()}
+    if quoted[1] == "'":
+        return {name: quoted[2].replace("\\'", "'")}
+    escapes = {"n": "\n", "r": "\r", "t": "\t"}
+    return {name: re.sub(r"\\(.)", lambda match: escapes.get(match[1], match[1]), quoted[2])}
 
 
 def open_application(settings: Settings, lock_timeout: float) -> Application:
@@ -1348,7 +1773,7 @@ def open_application(settings: Settings, lock_timeout: float) -> Application:
         autocheckpoint=not settings.litestream,
         trace=log_statement if settings.debug else None,
     )
-    return Application(store, settings.admin_token)
+    return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
 
 
 def log_statement(sql: str) -> None:
@@ -1986,7 +2411,7 @@ class Loop:
         for dispatcher in list(self.map.values()):  # the sockets that listen, and their triggers
             self.poller.watch(dispatcher)
         self.slow_reads = SlowReads(app, self.servers[0].pull_trigger)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.stop)
 
     @property
@@ -2232,35 +2657,50 @@ HELP = """\
 usage: python shop.py [serve]                       serve the shop until SIGTERM or SIGINT
        python shop.py backup FILE [--overwrite]     copy the database to FILE, while it is in use
        python shop.py check [FILE]                  check FILE, or else the shop's own database
+       python shop.py --version                     print the version
 
 Settings come from the environment, and from a file .env in the working directory:
     DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
     HOST, PORT     where to listen: 127.0.0.1, 8000
     ADMIN_TOKEN    that Authorization: Bearer must carry, except to read products and to order;
                    unset: everything is open to everyone
+    ORDER_TOKEN    that placing an order must carry, or else the admin's; needs ADMIN_TOKEN
+    CORS_ORIGINS   origins of web pages that may call the shop, such as https://shop.example, or *
     ACCESS_LOG     true: a line a request on standard output
     DEBUG          false; true logs every SQL statement on standard error
     READ_ONLY      false; true serves a copy that another process renews, and refuses writes
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
+OPTIONS: dict[str, set[str]] = {
+    "serve": set(),
+    "backup": {"--overwrite"},
+    "check": set(),
+}
+FILES = {"serve": (0, 0), "backup": (1, 1), "check": (0, 1)}  # how many each takes
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the exit status."""
-    command, *words = arguments or ["serve"]
-    options = [word for word in words if word.startswith("-")]
-    files = [word for word in words if not word.startswith("-")]
     if {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
-    if command == "serve" and not words:
-        return serve()
-    if command == "backup" and len(files) == 1 and set(options) <= {"--overwrite"}:
-        return run_backup(files[0], overwrite=bool(options))
-    if command == "check" and len(files) <= 1 and not options:
-        return run_check(*files)
-    print(HELP, end="", file=sys.stderr)
-    return 2
+    if "--version" in arguments:
+        print(f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}")
+        return 0
+    command, *words = arguments or ["serve"]
+    options = {word for word in words if word.startswith("-") and word != "-"}
+    files = [word for word in words if word not in options]
+    if command not in OPTIONS:
+        kind = "option" if command.startswith("-") else "command"
+        return fail(f"unknown {kind} {shown(command)}; see python shop.py --help", 2)
+    unknown = sorted(options - OPTIONS[command])
+    if unknown:
+        return fail(f"unknown option {shown(unknown[0])} of {command}; see --help", 2)
+    least, most = FILES[command]
+    if not least <= len(files) <= most:
+        wanted = f"{least} to {most} files" if least < most else f"{most} files"
+        return fail(f"{command} takes {wanted}, not {len(files)}; see --help", 2)
+    return COMMANDS[command](*files, *options)
 
 
 def fail(reason: object, status: int) -> int:
@@ -2279,16 +2719,28 @@ def serve() -> int:
         loop = Loop(app, settings)
     except (OSError, ValueError) as error:  # of the listening socket
         reason = getattr(error, "strerror", None) or "there is no such host"
-        return fail(f"cannot listen on HOST {settings.host}, PORT {settings.port}: {reason}.", 2)
+        host = shown(settings.host)
+        return fail(f"cannot listen on HOST {host}, PORT {settings.port}: {reason}.", 2)
     print(f"Serving {loop.url} from {app.store.path}", flush=True)
-    if not settings.admin_token:
-        print("ADMIN_TOKEN is not set: anyone may read orders and change products.", flush=True)
+    print(who_may(settings), flush=True)
     loop.run()
     app.close()
     return 0
 
 
-def run_backup(file: str, overwrite: bool) -> int:
+def who_may(settings: Settings) -> str:
+    """What the start-up log says about access."""
+    if settings.read_only:
+        orders = "may be read by anyone" if not settings.admin_token else "need the token"
+        return f"READ_ONLY is set: only reading is open; orders {orders}."
+    if not settings.admin_token:
+        return "ADMIN_TOKEN is not set: anyone may read orders and change products."
+    if not settings.order_token:
+        return "ORDER_TOKEN is not set: anyone may place orders."
+    return "Orders and changes need a token."
+
+
+def run_backup(file: str, *options: str) -> int:
     started_at = time.monotonic()
 
     def show_progress(remaining: int, total: int) -> None:
@@ -2298,7 +2750,7 @@ def run_backup(file: str, overwrite: bool) -> int:
 
     try:
         database = read_settings(read_environment()).database
-        copy = db.backup(database, file, overwrite=overwrite, progress=show_progress)
+        copy = db.backup(database, file, overwrite=bool(options), progress=show_progress)
     except (ConfigError, db.DatabaseError) as error:
         return fail(error, 1)
     print(f"{file}: {copy['products']} products, {copy['orders']} orders, {copy['bytes']} bytes")
@@ -2311,8 +2763,16 @@ def run_check(file: str | None = None) -> int:
         errors = db.check_integrity(file)
     except (ConfigError, db.DatabaseError) as error:
         return fail(error, 1)
-    print("\n".join(errors) or f"{file}: sound")
+    for error_text in errors or ["sound"]:
+        print(f"{file}: {error_text}")
     return 1 if errors else 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "serve": serve,
+    "backup": run_backup,
+    "check": run_check,
+}
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ Most tests call the WSGI application. Those that need the whole truth run `pytho
 """
 
 import ast
+import base64
 import calendar
 import concurrent.futures
 import contextlib
 import errno
 import functools
+import hashlib
 import http.client
 import inspect
 import json
@@ -31,6 +33,7 @@ import threading
 import time
 import urllib.parse
 from decimal import Decimal
+from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -99,20 +102,24 @@ def assert_declared(method, path, response):
         assert response.status_int in (204, 404, 405)
         return
     declared = resolve(operation["responses"][str(response.status_int)])
-    declared_headers = {name.lower() for name in declared.get("headers", {})}
-    declared_headers |= {"content-type", "content-length"}
-    assert {name.lower() for name in response.headers} <= declared_headers
+    assert sent_headers(response) <= {name.lower() for name in declared.get("headers", {})}
     if response.body:
-        [(media_type, content)] = declared["content"].items()
-        schema = resolve(content["schema"])
-        assert media_type == response.content_type
-        assert set(schema.get("required", ())) <= response.json.keys()
-        assert "properties" not in schema or response.json.keys() <= schema["properties"].keys()
+        schema = declared["content"][response.content_type]["schema"]
+        value = response.json if "json" in response.content_type else response.text
+        assert list(schema_errors(value, schema, closed=True)) == [], response
+
+
+def sent_headers(response):
+    """The headers that /openapi.json has to declare: not those that CORS_ORIGINS adds."""
+    names = {name.lower() for name in response.headers} - {"content-type", "content-length"}
+    if response.headers.get("Vary") == "Origin":
+        names.remove("vary")
+    return {name for name in names if not name.startswith("access-control-")}
 
 
 @functools.cache
 def openapi():
-    return shop_module.openapi_document("", True)
+    return shop_module.openapi_document("", frozenset({"admin", "order"}))
 
 
 def declared_operation(method, path):
@@ -133,6 +140,77 @@ def resolve(declaration):
     for step in declaration["$ref"].removeprefix("#/").split("/"):
         target = target[step]
     return target
+
+
+# JSON Schema's validation, as far as /openapi.json uses it.
+
+IS_OF_TYPE = {
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "integer": lambda value: IS_OF_TYPE["number"](value) and value == int(value),
+}
+HOLDS = {
+    "type": lambda value, types: any(IS_OF_TYPE[kind](value) for kind in as_list(types)),
+    "enum": lambda value, values: value in values,
+    "const": lambda value, constant: value == constant,
+    "minimum": lambda value, least: not IS_OF_TYPE["number"](value) or value >= least,
+    "maximum": lambda value, most: not IS_OF_TYPE["number"](value) or value <= most,
+    "minLength": lambda value, least: not isinstance(value, str) or len(value) >= least,
+    "maxLength": lambda value, most: not isinstance(value, str) or len(value) <= most,
+    "pattern": lambda value, text: not isinstance(value, str) or bool(re.search(text, value)),
+    "minItems": lambda value, least: not isinstance(value, list) or len(value) >= least,
+    "maxItems": lambda value, most: not isinstance(value, list) or len(value) <= most,
+    "minProperties": lambda value, least: not isinstance(value, dict) or len(value) >= least,
+    "required": lambda value, names: not isinstance(value, dict) or set(names) <= value.keys(),
+}
+ANNOTATIONS = {"description", "examples", "format"}
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def schema_errors(value, schema, path="#", *, closed=False):
+    """Where a value breaks a schema of /openapi.json, and by which keyword.
+
+    closed: a field that the schema does not declare is an error too, though clients must expect
+    it: no response of ours may have one.
+    """
+    schema = resolve(schema)
+    for keyword, argument in schema.items():
+        if keyword in HOLDS:
+            if not HOLDS[keyword](value, argument):
+                yield f"{path} {keyword}"
+        elif keyword == "properties":
+            for name in argument.keys() & as_fields(value).keys():
+                yield from schema_errors(
+                    value[name], argument[name], f"{path}/{name}", closed=closed
+                )
+        elif keyword == "items":
+            for position, item in enumerate(value if isinstance(value, list) else []):
+                yield from schema_errors(item, argument, f"{path}/{position}", closed=closed)
+        elif keyword == "oneOf":
+            yield from schema_errors(value, branch_of(argument, value), path, closed=closed)
+        else:
+            assert keyword == "additionalProperties" or keyword in ANNOTATIONS, keyword
+    if schema.get("additionalProperties") is False or (closed and "properties" in schema):
+        for name in as_fields(value).keys() - schema["properties"].keys():
+            yield f"{path}/{name} additionalProperties"
+
+
+def as_fields(value):
+    return value if isinstance(value, dict) else {}
+
+
+def branch_of(schemas, value):
+    """The schema of a oneOf that the value's `type` decides for, as a client would."""
+    kinds = {resolve(schema)["properties"]["type"]["const"]: schema for schema in schemas}
+    assert len(kinds) == len(schemas)
+    return kinds[value["type"]]
 
 
 @pytest.fixture
@@ -561,7 +639,7 @@ def test_if_match_guards_every_change_of_a_product_and_an_order(shop, mug):
     ]:
         etag = shop("GET", path.replace("stock/", "")).headers["ETag"]
         assert re.fullmatch('"[!#-~]+"', etag)
-        for other in '"other"', "W/" + etag, "nonsense", "", '"a", "b"':
+        for other in '"other"', "nonsense", "", '"a", "b"', f'"other", W/{etag}':
             assert_precondition_failed(shop(method, path, body, {"If-Match": other}))
         if_match = {"If-Match": f'"other", {etag}'}
         assert shop(method, path, body, if_match).status_int == status
@@ -575,6 +653,24 @@ def assert_precondition_failed(response):
     assert response.json["detail"] == (
         "The resource has changed since you read it: fetch it again and retry."
     )
+
+
+def test_an_if_match_of_weak_tags_alone_is_told_what_to_send_instead(shop, mug):
+    shop.order((1, 1))
+    for path, method, body in [
+        ("/products/1/", "GET", None),
+        ("/products/1/", "PATCH", {"price": 2}),
+        ("/products/1/stock/", "POST", {"change": 1}),
+        ("/orders/1/", "PATCH", {"status": "completed"}),
+        ("/products/1/", "DELETE", None),
+    ]:
+        etag = shop("GET", path.replace("stock/", "")).headers["ETag"]
+        for weak in f"W/{etag}", f'W/"other", W/{etag}':
+            refused = shop(method, path, body, {"If-Match": weak})
+            assert refused.status_int == 412
+            assert "weak" in refused.json["detail"]
+            assert "send the ETag without W/" in refused.json["detail"]
+    assert shop("GET", "/products/1/").json == {**mug, "stock": 4}
 
 
 def test_the_etag_of_a_change_is_the_one_of_the_next_read(shop, mug):
@@ -633,22 +729,242 @@ def test_a_read_never_misses_a_change_made_by_another_process(make_shop, shop, m
         assert shop("GET", "/products/").json["products"][0]["price"] == price
 
 
-# -------------------------------------------------------------------------------------- every path
+# ----------------------------------------------------------------------------------------- sorting
+
+# Equal names ignoring case, equal prices, and letters that differ in UTF-16 and in UTF-8.
+UNSORTED = [
+    ("b", 3, 1),
+    ("A", 2, 0),
+    ("a", 2, 5),
+    ("B", 1, 0),
+    ("SS", 3, 2),
+    ("ß", 2, 0),
+    ("Zoë", 0, 1),
+    ("zoË", 0, 9),
+    ("\ue000", 1_000_000, 1),
+    ("😀", 1, 1),
+]
+SORT_KEYS = {
+    "id": lambda product: product["id"],
+    "name": lambda product: product["name"].casefold(),
+    "price": lambda product: product["price"],
+}
+PRODUCT_SORTS = ["id", "-id", "name", "-name", "price", "-price"]
+
+
+def fill_unsorted(shop):
+    return [shop.product(name=name, price=price, stock=stock) for name, price, stock in UNSORTED]
+
+
+def in_order(products, sort):
+    """The products in an order; equal ones by id, ascending, in the reversed orders too."""
+    by_id = sorted(products, key=SORT_KEYS["id"])
+    return sorted(by_id, key=SORT_KEYS[sort.lstrip("-")], reverse=sort.startswith("-"))
+
+
+def walk_pages(shop, path, name):
+    """The items of all pages from a path on, each found by the page before it."""
+    items = []
+    while path:
+        page = shop("GET", path)
+        assert page.status_int == 200, page
+        assert page.json[name] or not items
+        items += page.json[name]
+        path = page.json["next"]
+        assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
+    return items
+
+
+@pytest.mark.parametrize("sort", PRODUCT_SORTS)
+def test_products_are_sorted_and_equal_ones_go_by_id_through_all_pages(shop, sort):
+    expected = in_order(fill_unsorted(shop), sort)
+    assert shop("GET", f"/products/?sort={sort}").json == {"products": expected, "next": None}
+    for limit in 1, 2, 3, 9, 10, 1000:
+        path = f"/products/?sort={sort}&limit={limit}"
+        assert walk_pages(shop, path, "products") == expected
+    assert walk_pages(shop, f"/products/?sort={sort}&limit=4&after=0", "products") == expected
+    for position, product in enumerate(expected):
+        rest = shop("GET", f"/products/?sort={sort}&after={product['id']}").json
+        assert rest == {"products": expected[position + 1 :], "next": None}
+
+
+def test_without_sort_products_go_by_id(shop):
+    products = fill_unsorted(shop)
+    assert shop("GET", "/products/").json["products"] == products
+    assert shop("GET", "/products/?limit=1").json["next"] == "/products/?limit=1&after=1"
+
+
+@pytest.mark.parametrize("sort", PRODUCT_SORTS)
+def test_the_url_of_the_next_page_carries_the_order(shop, sort):
+    expected = in_order(fill_unsorted(shop), sort)
+    page = shop("GET", f"/products/?sort={sort}&limit=2")
+    url = f"/products/?sort={sort}&limit=2&after={expected[1]['id']}"
+    assert page.json["next"] == url
+    assert page.headers["Link"] == f'<{url}>; rel="next"'
+
+
+@pytest.mark.parametrize("sort", PRODUCT_SORTS)
+def test_an_order_of_products_holds_for_what_a_search_finds(shop, sort):
+    products = fill_unsorted(shop)
+    for query, found in [
+        ("q=s", [product for product in products if "s" in product["name"].casefold()]),
+        ("q=zoe&available=true", products[6:8]),
+        ("available=true", [product for product in products if product["stock"]]),
+        ("available=false", [product for product in products if not product["stock"]]),
+    ]:
+        expected = in_order(found, sort)
+        assert expected
+        path = f"/products/?{query}&sort={sort}"
+        assert shop("GET", path).json["products"] == expected
+        for limit in 1, 2:
+            assert walk_pages(shop, f"{path}&limit={limit}", "products") == expected
+        # One that the search does not find has a place all the same.
+        for product in products:
+            with_it = in_order([product, *(item for item in found if item != product)], sort)
+            rest = with_it[with_it.index(product) + 1 :]
+            assert shop("GET", f"{path}&after={product['id']}").json["products"] == rest
+
+
+def test_a_product_is_sorted_by_what_it_is_now(shop):
+    fill_unsorted(shop)
+    shop("PATCH", "/products/1/", {"name": "ZZ", "price": 0.5})
+    names = [product["name"] for product in shop("GET", "/products/?sort=name").json["products"]]
+    assert names == sorted(names, key=str.casefold)
+    assert "ZZ" in names
+    prices = [product["price"] for product in shop("GET", "/products/?sort=price").json["products"]]
+    assert prices == sorted(prices)
+    assert 0.5 in prices
+
+
+def test_a_page_goes_on_behind_a_deleted_product_where_its_place_is_known(shop):
+    fill_unsorted(shop)
+    shop("DELETE", "/products/3/")
+
+    def ids_of(query):
+        return [product["id"] for product in shop("GET", "/products/?" + query).json["products"]]
+
+    assert ids_of("sort=id&after=3") == ids_of("after=3") == [4, 5, 6, 7, 8, 9, 10]
+    assert ids_of("sort=-id&after=3") == [2, 1]
+    assert ids_of("sort=id&after=99") == []
+    assert ids_of("sort=-id&after=99") == [10, 9, 8, 7, 6, 5, 4, 2, 1]
+    for sort in "name", "-name", "price", "-price":
+        for after in 3, 99:
+            for more in "", "&limit=2", "&q=a&available=true":
+                refused = shop("GET", f"/products/?sort={sort}&after={after}{more}")
+                errors = errors_of(refused)
+                assert list(errors) == ["after"]
+                assert str(after) in errors["after"]
+                assert refused.json["errors"][0]["parameter"] == "after"
+
+
+@pytest.mark.parametrize("sort", ["", "stock", "Id", "--id", "+id", "id,name", "id&sort=id"])
+@pytest.mark.parametrize("path", ["/products/", "/orders/"])
+def test_an_unknown_order_is_refused(shop, path, sort):
+    response = shop("GET", f"{path}?sort={sort}")
+    assert list(errors_of(response)) == ["sort"]
+    assert response.json["errors"][0]["parameter"] == "sort"
+
+
+def test_orders_go_by_id_up_or_down_and_the_newest_ten_are_one_request(shop):
+    shop.product(stock=1000)
+    for number in range(1, 26):
+        shop.order((1, 1))
+        if number % 5 == 0:
+            shop("PATCH", f"/orders/{number}/", {"status": "completed"})
+    assert order_ids_of(shop, "?sort=-id&limit=10") == list(range(25, 15, -1))
+    assert order_ids_of(shop, "?sort=-id") == list(range(25, 0, -1))
+    assert order_ids_of(shop, "?sort=-id&after=0") == list(range(25, 0, -1))
+    assert order_ids_of(shop, "?sort=-id&after=99&limit=1") == [25]
+    assert order_ids_of(shop, "?sort=-id&after=3") == [2, 1]
+    assert order_ids_of(shop, "?sort=id&after=23") == [24, 25]
+    for limit in 1, 4, 25:
+        for sort, step in ("id", 1), ("-id", -1):
+            walked = walk_pages(shop, f"/orders/?sort={sort}&limit={limit}", "orders")
+            assert [order["id"] for order in walked] == list(range(1, 26))[::step]
+    url = "/orders/?status=completed&sort=-id&limit=2&after=20"
+    page = shop("GET", "/orders/?status=completed&sort=-id&limit=2")
+    assert page.json["next"] == url
+    assert page.headers["Link"] == f'<{url}>; rel="next"'
+    assert order_ids_of(shop, url.removeprefix("/orders/")) == [15, 10]
+    for sort in "name", "price", "-created_at":
+        assert list(errors_of(shop("GET", f"/orders/?sort={sort}"))) == ["sort"]
+
+
+def order_ids_of(shop, query):
+    return [order["id"] for order in shop("GET", "/orders/" + query).json["orders"]]
+
+
+def plans_of(shop, monkeypatch, path):
+    """How SQLite runs the statements of a GET."""
+    store = shop.app.app.store
+    read = store._read
+    plans = []
+
+    def explain(sql, parameters=()):
+        if sql.lstrip().startswith("SELECT"):
+            rows = store._reader().execute("EXPLAIN QUERY PLAN " + sql, parameters)
+            plans.append("; ".join(row["detail"] for row in rows))
+        return read(sql, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_read", explain)
+        assert shop("GET", path).status_int == 200
+    return plans
 
 
 @pytest.mark.parametrize(
-    "path, methods",
+    "sort, index",
     [
-        ("/", "GET HEAD"),
-        ("/healthz", "GET HEAD"),
-        ("/openapi.json", "GET HEAD"),
-        ("/products/", "GET HEAD POST"),
-        ("/products/1/", "DELETE GET HEAD PATCH"),
-        ("/products/1/stock", "POST"),
-        ("/orders/", "GET HEAD POST"),
-        ("/orders/1/", "GET HEAD PATCH"),
+        ("id", "INTEGER PRIMARY KEY"),
+        ("-id", "INTEGER PRIMARY KEY"),
+        ("name", "product_by_name"),
+        ("-name", "product_by_name_down"),
+        ("price", "product_by_price"),
+        ("-price", "product_by_price_down"),
     ],
 )
+def test_a_page_of_products_goes_on_by_index_in_every_order(shop, mug, monkeypatch, sort, index):
+    for query in "limit=2", "limit=2&after=1", "limit=2&after=1&available=true", "after=1":
+        plan = plans_of(shop, monkeypatch, f"/products/?sort={sort}&{query}")[-1]
+        assert "TEMP B-TREE" not in plan
+        assert "after" not in query or re.search(rf"SEARCH [^;]*USING [^;]*{index}\b", plan), plan
+        assert sort.endswith("id") or re.search(rf"\b{index}\b", plan), plan
+
+
+@pytest.mark.parametrize("sort", ["id", "-id"])
+@pytest.mark.parametrize(
+    "query, index",
+    [
+        ("after=1", "INTEGER PRIMARY KEY"),
+        ("status=pending", "orders_by_status"),
+        ("status=pending&after=1", "orders_by_status"),
+        ("reference=cart", "orders_by_reference"),
+        ("reference=cart&after=1", "orders_by_reference"),
+    ],
+)
+def test_a_page_of_orders_is_found_by_index(shop, mug, monkeypatch, sort, query, index):
+    shop.order((1, 1))
+    plan = plans_of(shop, monkeypatch, f"/orders/?sort={sort}&limit=2&{query}")[0]
+    assert re.search(rf"SEARCH orders USING [^;]*{index}\b", plan), plan
+    assert "TEMP B-TREE" not in plan
+
+
+# -------------------------------------------------------------------------------------- every path
+
+
+PATH_METHODS = {
+    "/": "GET HEAD",
+    "/healthz": "GET HEAD",
+    "/openapi.json": "GET HEAD",
+    "/products/": "GET HEAD POST",
+    "/products/1/": "DELETE GET HEAD PATCH",
+    "/products/1/stock": "POST",
+    "/orders/": "GET HEAD POST",
+    "/orders/1/": "GET HEAD PATCH",
+}
+
+
+@pytest.mark.parametrize("path, methods", PATH_METHODS.items())
 def test_options_lists_the_methods_of_a_path_and_the_others_are_a_405(shop, mug, path, methods):
     methods = methods.split()
     allow = ", ".join(sorted([*methods, "OPTIONS"]))
@@ -879,6 +1195,7 @@ def test_an_order_takes_the_stock_and_copies_name_and_price(shop, mug):
         "status": "pending",
         "total_price": 24.97,
         "created_at": response.json["created_at"],
+        "reference": "",
         "products": [
             {"product_id": 2, "name": "Tea", "price": 4.99, "quantity": 1},
             {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2},
@@ -1021,6 +1338,108 @@ def test_neither_a_deleted_product_nor_a_full_stock_blocks_a_cancel(shop):
     assert shop.stock(normal) == 5
 
 
+# --- references
+
+
+def referring(reference, *lines):
+    return order_of(*lines) | {"reference": reference}
+
+
+@pytest.mark.parametrize("reference", ["", "cart-17", "é" * 200, "😀" * 200, " \t\n", "ﬁ/?&=#%00"])
+def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_order(
+    shop, mug, reference
+):
+    created = shop("POST", "/orders/", referring(reference, (1, 1)))
+    assert created.status_int == 201
+    assert created.json["reference"] == reference
+    assert shop("GET", "/orders/1/").json == created.json
+    assert shop("GET", "/orders/").json["orders"] == [created.json]
+    cancelled = shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    assert cancelled.json == {**created.json, "status": "cancelled"}
+    assert shop("GET", "/orders/1/").json == cancelled.json
+    query = urllib.parse.urlencode({"reference": reference})
+    assert order_ids_of(shop, "?" + query) == [1]
+
+
+def test_an_order_without_a_reference_has_an_empty_one(shop, mug):
+    assert shop.order((1, 1)).json["reference"] == ""
+    assert shop.app.app.store.create_order([{"product_id": 1, "quantity": 1}])["reference"] == ""
+    assert [order["reference"] for order in shop("GET", "/orders/").json["orders"]] == ["", ""]
+
+
+@pytest.mark.parametrize("reference", ["x" * 201, "\0", "a\0b", "\ud800", None, 17, ["x"], True])
+def test_a_reference_that_is_no_text_of_up_to_200_characters_is_refused(shop, mug, reference):
+    response = shop("POST", "/orders/", referring(reference, (1, 1)))
+    assert list(errors_of(response)) == ["#/reference"]
+    assert shop("PATCH", "/orders/1/", {"reference": "x"}).status_int == 422
+    assert shop.stock(mug) == 5
+
+
+def test_orders_are_found_by_their_reference(shop):
+    shop.product(stock=100)
+    for reference in "cart-1", "", "cart-2", "cart-1", "CART-1", "cart-1", "cart-10":
+        shop("POST", "/orders/", referring(reference, (1, 1)))
+    shop("PATCH", "/orders/4/", {"status": "completed"})
+    for query, ids in [
+        ("?reference=cart-1", [1, 4, 6]),
+        ("?reference=cart-2", [3]),
+        ("?reference=", [2]),
+        ("?reference=cart", []),
+        ("?reference=%25", []),
+        ("?reference=cart-1&sort=-id", [6, 4, 1]),
+        ("?reference=cart-1&sort=-id&after=6", [4, 1]),
+        ("?reference=cart-1&status=pending", [1, 6]),
+        ("?reference=&status=completed", []),
+        ("?reference=cart-1&after=1&limit=1", [4]),
+        ("", [1, 2, 3, 4, 5, 6, 7]),
+    ]:
+        assert order_ids_of(shop, query) == ids, query
+    for query in (
+        "reference=" + "x" * 201,
+        "reference=%00",
+        "reference=%FF",
+        "reference=a&reference=a",
+    ):
+        assert list(errors_of(shop("GET", "/orders/?" + query))) == ["reference"]
+
+
+def test_the_url_of_the_next_page_carries_the_reference(shop):
+    shop.product(stock=100)
+    reference = "cart é&=+ 1/#"
+    for number in range(5):
+        shop("POST", "/orders/", referring(reference if number != 2 else "other", (1, 1)))
+    path = "/orders/?" + urllib.parse.urlencode({"reference": reference, "limit": 1})
+    walked = walk_pages(shop, path, "orders")
+    assert [order["id"] for order in walked] == [1, 2, 4, 5]
+    assert {order["reference"] for order in walked} == {reference}
+
+
+def test_an_order_without_a_reference_is_in_no_index_of_references(shop, mug, database):
+    shop.order((1, 1))
+    shop("POST", "/orders/", referring("cart", (1, 1)))
+    with connect(database) as connection:
+        sql = "SELECT name, partial FROM pragma_index_list('orders')"
+        assert ("orders_by_reference", 1) in connection.execute(sql).fetchall()
+        [[where]] = connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = 'orders_by_reference'"
+        )
+        assert where.endswith("WHERE reference <> ''")
+
+
+@pytest.mark.parametrize("reference", ["x" * 201, "a\0b"])
+def test_the_table_of_orders_refuses_what_is_no_reference(shop, mug, database, reference):
+    shop.order((1, 1))
+    with connect(database) as connection, pytest.raises(sqlite3.IntegrityError):
+        connection.execute("UPDATE orders SET reference = ?", (reference,))
+
+
+def test_the_same_key_with_another_reference_is_another_request(shop, mug):
+    key = {"Idempotency-Key": "k"}
+    assert shop("POST", "/orders/", referring("a", (1, 1)), key).status_int == 201
+    refused = shop("POST", "/orders/", referring("b", (1, 1)), key)
+    assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
+
+
 # ------------------------------------------------------------------------------------- idempotency
 
 
@@ -1142,6 +1561,517 @@ def test_with_a_token_set_only_reading_products_and_ordering_stay_open(make_shop
             assert "s3cret" not in refused.text
         lower_case = {"Authorization": "bearer s3cret~token"}
         assert shop(method, path, body, lower_case).status_int != 401
+
+
+# What each route needs where its token is set, and a request to it.
+ACCESS = {
+    "get_index": ("nobody", "GET", "/", None),
+    "get_health": ("nobody", "GET", "/healthz", None),
+    "get_openapi": ("nobody", "GET", "/openapi.json", None),
+    "list_products": ("nobody", "GET", "/products/", None),
+    "get_product": ("nobody", "GET", "/products/1/", None),
+    "create_order": ("order", "POST", "/orders/", order_of((1, 1))),
+    "list_orders": ("admin", "GET", "/orders/", None),
+    "get_order": ("admin", "GET", "/orders/1/", None),
+    "update_order": ("admin", "PATCH", "/orders/1/", {"status": "completed"}),
+    "create_product": ("admin", "POST", "/products/", {"name": "x", "price": 1}),
+    "update_product": ("admin", "PATCH", "/products/1/", {"price": 2}),
+    "update_stock": ("admin", "POST", "/products/1/stock/", {"change": 1}),
+    "delete_product": ("admin", "DELETE", "/products/1/", None),
+}
+
+
+@pytest.mark.parametrize(
+    "settings, token, open_to_it",
+    [
+        ({}, None, "nobody order admin"),
+        ({}, "other", "nobody order admin"),
+        ({"admin_token": "adm1n"}, None, "nobody order"),
+        ({"admin_token": "adm1n"}, "other", "nobody order"),
+        ({"admin_token": "adm1n"}, "adm1n", "nobody order admin"),
+        ({"admin_token": "adm1n", "order_token": "0rder"}, None, "nobody"),
+        ({"admin_token": "adm1n", "order_token": "0rder"}, "other", "nobody"),
+        ({"admin_token": "adm1n", "order_token": "0rder"}, "0rder", "nobody order"),
+        ({"admin_token": "adm1n", "order_token": "0rder"}, "adm1n", "nobody order admin"),
+        ({"admin_token": "same", "order_token": "same"}, "same", "nobody order admin"),
+    ],
+)
+def test_each_route_is_open_to_those_tokens_that_its_access_names(
+    make_shop, settings, token, open_to_it
+):
+    assert set(ACCESS) == {route.callback.__name__ for route in shop_module.api.routes}
+    shop = make_shop(**settings)
+    store = shop.app.app.store
+    store.create_product(name="x", price=100, stock=9)
+    store.create_order([{"product_id": 1, "quantity": 1}])
+    for name, (access, method, path, body) in ACCESS.items():
+        response = shop(method, path, body, bearer(token) if token else {})
+        assert (response.status_int != 401) == (access in open_to_it.split()), name
+        if response.status_int == 401:
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+            assert "0rder" not in response.text
+            assert "adm1n" not in response.text
+        else:
+            assert response.status_int in (200, 201, 204), name
+
+
+def test_an_order_that_is_refused_for_its_token_takes_nothing_and_stores_no_key(make_shop):
+    shop = make_shop(admin_token="adm1n", order_token="0rder")
+    shop.app.app.store.create_product(name="x", price=100, stock=9)
+    for credentials in WRONG_CREDENTIALS:
+        refused = shop.order((1, 1), **credentials, **{"Idempotency-Key": "k"})
+        assert refused.status_int == 401
+    created = shop.order((1, 1), **bearer("0rder"), **{"Idempotency-Key": "k"})
+    assert created.status_int == 201
+    assert "Idempotent-Replayed" not in created.headers
+    assert shop.stock({"id": 1}) == 8
+
+
+def test_a_token_for_orders_needs_one_for_the_admin(make_shop):
+    with pytest.raises(shop_module.ConfigError, match="ORDER_TOKEN needs ADMIN_TOKEN"):
+        make_shop(order_token="0rder")
+
+
+# ---------------------------------------------------------------------------------------- browsers
+
+ORIGIN = "https://shop.example"
+CORS_SETTINGS = [ORIGIN, f"http://localhost:3000, {ORIGIN}", f"{ORIGIN} http://[::1]:80", "*"]
+EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "Idempotent-Replayed"}
+PREFLIGHT_HEADERS = {
+    *("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match"),
+}
+
+# Each status of the application, and a request to it by somebody without a token.
+CORS_REQUESTS = [
+    ("GET", "/", None, {}, 200),
+    ("GET", "/", None, {"Accept": "text/html"}, 200),
+    ("GET", "/healthz", None, {}, 200),
+    ("GET", "/products/?limit=1", None, {}, 200),
+    ("HEAD", "/products/1/", None, {}, 200),
+    ("POST", "/orders/", order_of((1, 1)), {}, 201),
+    ("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "k"}, 201),
+    ("GET", "/products/1/", None, {"If-None-Match": "*"}, 304),
+    ("POST", "/orders/", b"{", {}, 400),
+    ("GET", "/orders/", None, {}, 401),
+    ("GET", "/products/9/", None, {}, 404),
+    ("GET", "/nowhere/", None, {}, 404),
+    ("PUT", "/products/", None, {}, 405),
+    ("POST", "/orders/", order_of((1, 999)), {}, 409),
+    ("GET", "/products/1/", None, {"If-Match": '"x"'}, 412),
+    ("POST", "/orders/", b" " * ((128 << 10) + 1), {}, 413),
+    ("POST", "/orders/", b"{}", {"Content-Type": "text/plain"}, 415),
+    ("GET", "/products/?colour=red", None, {}, 422),
+    ("OPTIONS", "/products/", None, {}, 204),
+]
+
+
+def names_in(header):
+    return {name.strip() for name in header.split(",")}
+
+
+def cors_headers(response):
+    prefix = "access-control-"
+    return {
+        name.lower().removeprefix(prefix): value
+        for name, value in response.headers.items()
+        if name.lower().startswith(prefix)
+    }
+
+
+def cors_shop(make_shop, origins):
+    shop = make_shop(cors_origins=origins, admin_token="secret")
+    for _ in range(2):
+        shop.app.app.store.create_product(name="x", price=100, stock=9)
+    return shop
+
+
+@pytest.mark.parametrize("origins", CORS_SETTINGS)
+def test_a_page_of_a_listed_origin_may_see_every_response(make_shop, origins):
+    shop = cors_shop(make_shop, origins)
+    for method, path, body, headers, status in CORS_REQUESTS:
+        response = shop(method, path, body, {"Origin": ORIGIN} | headers)
+        assert response.status_int == status
+        sent = cors_headers(response)
+        assert sent.keys() == {"allow-origin", "expose-headers"}
+        assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+        assert names_in(sent["expose-headers"]) == EXPOSED_HEADERS
+        [vary] = [value for name, value in response.headers.items() if name == "Vary"] or [""]
+        expected = {"Accept"} if path == "/" else set()
+        expected |= set() if origins == "*" else {"Origin"}
+        assert names_in(vary) - {""} == expected
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://other.example",
+        "http://shop.example",
+        "https://shop.example:8443",
+        "https://shop.example.other.example",
+        "https://www.shop.example",
+        "null",
+        "*",
+        "",
+        None,
+    ],
+)
+def test_other_origins_get_no_such_header_and_caches_are_told_that_it_varies(make_shop, origin):
+    shop = cors_shop(make_shop, f"{ORIGIN},http://localhost:3000")
+    asked = {} if origin is None else {"Origin": origin}
+    for method, path, body, headers, status in CORS_REQUESTS:
+        response = shop(method, path, body, asked | headers)
+        assert response.status_int == status
+        assert cors_headers(response) == {}
+        assert "Origin" in names_in(response.headers["Vary"])
+        preflight = shop("OPTIONS", path, None, asked | {"Access-Control-Request-Method": "GET"})
+        assert cors_headers(preflight) == {}
+
+
+def test_a_shop_without_the_setting_sends_no_such_header(make_shop):
+    shop = cors_shop(make_shop, "")
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    for method, path, body, headers, status in CORS_REQUESTS:
+        response = shop(method, path, body, asked | headers)
+        assert response.status_int == status
+        assert cors_headers(response) == {}
+        assert response.headers.get("Vary") == ("Accept" if path == "/" else None)
+
+
+@pytest.mark.parametrize("origins", CORS_SETTINGS)
+def test_a_preflight_is_a_204_that_allows_the_methods_of_the_path_and_its_headers(
+    make_shop, origins
+):
+    shop = cors_shop(make_shop, origins)
+    for path, methods in PATH_METHODS.items():
+        for method in methods.split():
+            asked = {
+                "Origin": ORIGIN,
+                "Access-Control-Request-Method": method,
+                "Access-Control-Request-Headers": "authorization,content-type,idempotency-key",
+            }
+            response = shop("OPTIONS", path, None, asked)
+            assert response.status_int == 204
+            assert response.body == b""
+            sent = cors_headers(response)
+            assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+            assert names_in(sent["allow-methods"]) == {*methods.split(), "OPTIONS"}
+            assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
+
+
+def test_no_cookie_and_no_credentials_are_ever_used(make_shop):
+    shop = cors_shop(make_shop, ORIGIN)
+    for method, path, body, headers, _ in CORS_REQUESTS:
+        cookie = {"Origin": ORIGIN, "Cookie": "session=1", **headers}
+        response = shop(method, path, body, cookie)
+        assert "Set-Cookie" not in response.headers
+        assert "Access-Control-Allow-Credentials" not in response.headers
+
+
+def test_a_page_may_see_a_500_and_a_503(make_shop, database):
+    shop = cors_shop(make_shop, ORIGIN)
+    copy = make_shop(read_only=True, cors_origins=ORIGIN)
+    refused = copy.order((1, 1), Origin=ORIGIN)
+    assert refused.status_int == 503
+    assert cors_headers(refused)["allow-origin"] == ORIGIN
+    with connect(database) as connection:
+        connection.execute("ALTER TABLE product RENAME TO secret_name")
+    failed = shop("GET", "/products/", None, {"Origin": ORIGIN})
+    assert_reveals_nothing(failed)
+    assert cors_headers(failed)["allow-origin"] == ORIGIN
+
+
+def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
+    parent = bottle.Bottle()
+    parent.mount("/a/b/", cors_shop(make_shop, ORIGIN).app.app)
+    client = Client(parent, "/a/b")
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    preflight = client("OPTIONS", "/a/b/orders/", None, asked)
+    assert preflight.status_int == 204
+    sent = cors_headers(preflight)
+    assert sent["allow-origin"] == ORIGIN
+    assert names_in(sent["allow-methods"]) == {"GET", "HEAD", "OPTIONS", "POST"}
+    assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
+    for path, status in ("/a/b/products/", 200), ("/a/b/orders/", 401), ("/a/b/nowhere/", 404):
+        response = client("GET", path, None, {"Origin": ORIGIN})
+        assert response.status_int == status
+        assert cors_headers(response)["allow-origin"] == ORIGIN
+        assert response.headers["Vary"] == "Origin"
+
+
+def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_made_for(tmp_path):
+    others = ["https://other.example", "http://localhost:3000", "https://no.example", None]
+    server = Server(tmp_path, CORS_ORIGINS=f"{ORIGIN} {others[0]},{others[1]}").start()
+    server.product(stock=9)
+    for _ in range(3):
+        for path in "/products/1/", "/products/", "/products/?limit=1", "/":
+            for origin in ORIGIN, *others:
+                response = server("GET", path, **({"Origin": origin} if origin else {}))
+                allowed = origin if origin in (ORIGIN, *others[:2]) else None
+                assert response.headers["Access-Control-Allow-Origin"] == allowed
+                assert "Origin" in names_in(response.headers["Vary"])
+        for accept, media_type in ("text/html", "text/html"), ("*/*", "application/json"):
+            response = server("GET", "/", Accept=accept)
+            assert response.headers.get_content_type() == media_type
+    server.assert_ends_well()
+
+
+def test_origins_may_stand_apart_by_blanks_commas_or_both(make_shop):
+    for origins in (
+        f"{ORIGIN},http://a",
+        f" {ORIGIN}  http://a ",
+        f"http://a , {ORIGIN},",
+        f"*,{ORIGIN}",
+    ):
+        response = make_shop(cors_origins=origins)("GET", "/", None, {"Origin": ORIGIN})
+        assert cors_headers(response)["allow-origin"] in ("*" if "*" in origins else ORIGIN)
+
+
+# --- the page at /
+
+CHROME = (
+    "text/html,application/xhtml+xml,application/xml;q=0.9,"
+    "image/avif,image/webp,image/apng,*/*;q=0.8"
+)
+FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(
+    "accept, wants_page",
+    [
+        (None, False),
+        ("", False),
+        ("*/*", False),
+        (CHROME, True),
+        (FIREFOX, True),
+        ("text/html", True),
+        ("TEXT/HTML", True),
+        ("text/html;charset=utf-8", True),
+        ("text/*", True),
+        ("text/html, */*;q=0.1", True),
+        ("text/html;q=0.9, application/json;q=0.8", True),
+        ("text/html ; q=1.000 , application/json ; q=0.001", True),
+        ("application/json;q=0, text/html;q=0.001", True),
+        ("*/*;q=0.5, text/html", True),
+        ("application/json", False),
+        ("application/*", False),
+        ("application/*, text/html;q=0.9", False),
+        ("text/html, application/json", False),
+        ("application/json, text/html", False),
+        ("text/html;q=0.5, application/json", False),
+        ("text/html;q=0.5, */*", False),
+        ("text/html;q=0, */*;q=0.1", False),
+        ("text/html;q=0", False),
+        ("*/*, text/html;q=0.9", False),
+        ("application/problem+json, application/json", False),
+        ("image/png", False),
+        ("text/html;q=nonsense, application/json;q=0.1", False),
+        (",;=,q=1", False),
+    ],
+)
+def test_the_index_is_a_page_for_whoever_prefers_html_and_json_for_all_others(
+    shop, accept, wants_page
+):
+    headers = {} if accept is None else {"Accept": accept}
+    response = shop("GET", "/", None, headers)
+    assert response.status_int == 200
+    assert response.headers["Vary"] == "Accept"
+    head = shop("HEAD", "/", None, headers)
+    assert head.headerlist == response.headerlist
+    if wants_page:
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert response.text.startswith("<!doctype html>")
+    else:
+        assert response.json["orders"] == "/orders/"
+        assert "Content-Security-Policy" not in response.headers
+    for path in "/products/", "/healthz", "/nowhere/":
+        assert "json" in shop("GET", path, None, headers).content_type
+
+
+class Page(HTMLParser):
+    """What a browser finds in the page: elements by tag, and the text of each."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements = []  # tag, attributes, a list of its pieces of text, id of its <details>
+        self.open = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        around = next((e[1].get("id") for e in self.open if e[0] == "details"), None)
+        element = (tag, attributes, [], attributes.get("id") if tag == "details" else around)
+        self.elements.append(element)
+        if tag not in ("meta", "link", "input", "br"):
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2].append(data)
+
+    def texts(self, tag, details=None):
+        return [
+            "".join(text)
+            for kind, _, text, around in self.elements
+            if kind == tag and details in (None, around)
+        ]
+
+    def attributes(self, tag, details=None):
+        return [
+            attributes
+            for kind, attributes, _, around in self.elements
+            if kind == tag and details in (None, around)
+        ]
+
+
+def get_page(shop, path="/"):
+    response = shop("GET", path, None, {"Accept": CHROME})
+    assert response.content_type == "text/html"
+    return Page(response.text)
+
+
+def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_elsewhere(shop):
+    response = shop("GET", "/", None, {"Accept": CHROME})
+    page = Page(response.text)
+    policy = dict(
+        directive.strip().split(" ", 1)
+        for directive in response.headers["Content-Security-Policy"].split(";")
+    )
+    for tag in "style", "script":
+        [text] = page.texts(tag)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+        assert "@import" not in text
+        assert "url(" not in text
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert "unsafe" not in response.headers["Content-Security-Policy"]
+    for tag, attributes, *_ in page.elements:
+        assert tag not in ("iframe", "img", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name not in ("style", "action", "formaction", "srcset")
+            if name in ("src", "href"):
+                assert re.match(r"data:,|/(?!/)|#", value), value
+    urls = re.findall(r"\b(?:https?:)?//[^\s<\"']+", "".join(page.texts("script")))
+    assert [url for url in urls if "." in url] == []
+
+
+def test_the_page_is_made_for_a_phone_and_for_both_colour_schemes(shop):
+    page = get_page(shop)
+    [viewport] = [meta for meta in page.attributes("meta") if meta.get("name") == "viewport"]
+    assert "width=device-width" in viewport["content"]
+    [style] = page.texts("style")
+    assert "prefers-color-scheme: dark" in style
+    assert page.attributes("html")[0]["lang"] == "en"
+
+
+def test_the_page_documents_each_operation_and_has_a_form_that_sends_it(shop):
+    page = get_page(shop)
+    document = shop("GET", "/openapi.json").json
+    operations = {
+        operation["operationId"]: (method.upper(), path, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    shown = [attributes["id"] for attributes in page.attributes("details")]
+    assert sorted(shown) == sorted(operations)
+    assert "token" in [attributes.get("id") for attributes in page.attributes("input")]
+    for name, (method, path, operation) in operations.items():
+        [text] = page.texts("details", name)
+        [form] = page.attributes("form", name)
+        assert form["data-method"] == method
+        assert form["data-path"] == path
+        inputs = {(field["data-in"], field["name"]) for field in page.attributes("input", name)}
+        inputs.discard(("header", "Content-Type"))
+        assert inputs == {(item["in"], item["name"]) for item in operation["parameters"]}
+        assert path in text
+        assert operation["summary"] in text
+        for status in operation["responses"]:
+            assert re.search(rf"\b{status}\b", text), (name, status)
+        assert ("requestBody" in operation) == bool(page.attributes("textarea", name))
+        if "requestBody" in operation:
+            content = operation["requestBody"]["content"]["application/json"]
+            schema = resolve(content["schema"])
+            [body] = page.texts("textarea", name)
+            assert json.loads(body) == schema["examples"][0]
+            for field in schema["properties"]:
+                assert re.search(rf"\b{field}\b", text), (name, field)
+
+
+def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
+    for name in ACCESS:
+        shop = make_shop(f"sqlite:///{tmp_path}/{name}.sqlite3")
+        shop.product(stock=99)
+        shop.order((1, 1))
+        [curl] = [text for text in get_page(shop).texts("pre", name) if text.startswith("curl")]
+        words = iter(shlex.split(curl)[1:])
+        headers = {}
+        body = b""
+        for word in words:
+            match word:
+                case "-X":
+                    method = next(words)
+                case "-H":
+                    headers.update([next(words).split(": ")])
+                case "-d":
+                    body = next(words).encode()
+                case _:
+                    path = word.removeprefix("http://localhost:8000")
+        response = shop(method, path, body, headers)
+        assert response.status_int in (200, 201, 204), curl
+        assert method == ACCESS[name][1]
+        assert path == ACCESS[name][2]
+
+
+def test_the_page_asks_for_a_token_where_the_shop_does(make_shop):
+    for settings, secured in [
+        ({}, set()),
+        ({"admin_token": "adm1n"}, {"admin"}),
+        ({"admin_token": "adm1n", "order_token": "0rder"}, {"admin", "order"}),
+    ]:
+        page = get_page(make_shop(**settings))
+        for name, (access, *_) in ACCESS.items():
+            [curl] = [text for text in page.texts("pre", name) if text.startswith("curl")]
+            assert ("Authorization: Bearer $TOKEN" in curl) == (access in secured)
+            assert ("(token)" in page.texts("summary", name)[0]) == (access in secured)
+        assert "adm1n" not in "".join(page.texts("html"))
+
+
+def test_the_page_of_a_mounted_shop_stays_under_its_mount_point(shop):
+    parent = bottle.Bottle()
+    parent.mount("/a/b/", shop.app.app)
+    page = get_page(Client(parent, "/a/b"), "/a/b/")
+    hrefs = [attributes["href"] for attributes in page.attributes("a")]
+    assert "/a/b/openapi.json" in hrefs
+    assert all(href.startswith("/a/b/") for href in hrefs)
+    assert {form["data-path"] for form in page.attributes("form")} == {
+        "/a/b" + path for path in shop("GET", "/openapi.json").json["paths"]
+    }
+    assert all(
+        "http://localhost:8000/a/b/" in curl
+        for curl in page.texts("pre")
+        if curl.startswith("curl")
+    )
+
+
+def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
+    html = "</textarea></pre><script>alert(1)</script>&amp;\"'"
+    monkeypatch.setitem(shop_module.MUG, "name", html)
+    monkeypatch.setitem(shop_module.EXAMPLES["NewProduct"], "name", html)
+    page = Page(shop_module.render_page.__wrapped__('/"><script>x</script>', frozenset()))
+    assert len(page.texts("script")) == 1
+    [body] = page.texts("textarea", "create_product")
+    assert json.loads(body)["name"] == html
+    hostile = shop.app.get(
+        "/", headers={"Accept": CHROME}, extra_environ={"SCRIPT_NAME": '/"><script>x</script>'}
+    )
+    assert len(Page(hostile.text).texts("script")) == 1
 
 
 # ------------------------------------------------------------------------------------------- races
@@ -1708,7 +2638,8 @@ def fill(database, products, size=10_000):
             [("x", "y" * size)] * products,
         )
         connection.execute(
-            "INSERT INTO product_search SELECT id, name || char(10) || description FROM product"
+            "INSERT INTO product_search (product_id, sort_name, words)"
+            " SELECT id, name, name || char(10) || description FROM product"
         )
 
 
@@ -1737,7 +2668,7 @@ def test_an_unfinished_upload_is_refused_with_a_503_at_shutdown(server):
     assert server.process.wait(5) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_server_with_status_0_and_without_a_wal(server, tmp_path, number):
     with server.connect(), server.connect():
         server.product(stock=9)
@@ -1949,7 +2880,7 @@ def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
     product = {"name": "x", "price": 1}
     assert server("POST", "/products/", product, **bearer("s3cret")).status == 201
     server.end()
-    assert len(server.log) == 1
+    assert server.log[1:] == ["ORDER_TOKEN is not set: anyone may place orders.\n"]
     assert "INSERT INTO product" in server.stderr()
     assert "s3cret" not in server.stderr()
 
@@ -1990,8 +2921,22 @@ UNUSABLE_SETTINGS = [
     ({"ADMIN_TOKEN": "a b"}, "ADMIN_TOKEN"),
     ({"HOST": "no.such.host.invalid"}, "HOST"),
     ({"HOST": "192.0.2.1"}, "HOST"),
-    ({"DATABASE_URL": "sqlite:///none/such/db.sqlite3"}, "cannot be opened"),
-    ({"DATABASE_URL": "sqlite:///."}, "cannot be opened"),
+    ({"ADMIN_TOKEN": "x", "ORDER_TOKEN": "a b"}, "ORDER_TOKEN"),
+    ({"ORDER_TOKEN": "x"}, "ORDER_TOKEN needs ADMIN_TOKEN"),
+    *(
+        ({"CORS_ORIGINS": origins}, "CORS_ORIGINS")
+        for origins in (
+            "shop.example",
+            "https://shop.example/",
+            "https://shop.example/path",
+            "https://shop.example https://me@other.example",
+            "https://shop.example;https://other.example",
+            "https://",
+            "null",
+        )
+    ),
+    ({"DATABASE_URL": "sqlite:///none/such/db.sqlite3"}, "DATABASE_URL names a folder that"),
+    ({"DATABASE_URL": "sqlite:///."}, "DATABASE_URL names a directory"),
     ({"DATABASE_URL": "sqlite:///text"}, "not a database"),
     ({"DATABASE_URL": "sqlite:///foreign"}, "another program"),
     ({"DATABASE_URL": "sqlite:///short"}, "damaged"),
@@ -2027,6 +2972,60 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        ("PORT", "", ""),
+        ("HOST", "", ""),
+        ("DEBUG", "", ""),
+        ("CORS_ORIGINS", "", ""),
+        ("DATABASE_URL", "", ""),
+        ("DATABASE_URL", "sqlite:///", ""),
+        ("DATABASE_URL", "sqlite:///", "/db.sqlite3"),
+    ],
+)
+def test_a_setting_of_5000_digits_is_shown_by_its_first_hundred(tmp_path, name, before, after):
+    result = Server(tmp_path, **{name: before + "7" * 5000 + after}).run()
+    assert result.returncode == 2
+    assert re.fullmatch(r"shop: [^\n]+\.\n", result.stderr)
+    assert name in result.stderr
+    assert 30 < result.stderr.count("7") <= 100
+    assert len(result.stderr) < 300
+    # Only whether it can listen on HOST shows after the database is open.
+    assert name == "HOST" or list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_cannot_be_used_is_not_shown(tmp_path):
+    for settings in {"ADMIN_TOKEN": "s3cret two"}, {"ADMIN_TOKEN": "a", "ORDER_TOKEN": "s3cret é"}:
+        result = Server(tmp_path, **settings).run()
+        assert result.returncode == 2
+        assert list(settings)[-1] in result.stderr
+        assert "s3cret" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({}, "ADMIN_TOKEN is not set: anyone may read orders and change products."),
+        ({"ADMIN_TOKEN": "x"}, "ORDER_TOKEN is not set: anyone may place orders."),
+        ({"ADMIN_TOKEN": "x", "ORDER_TOKEN": "y"}, "Orders and changes need a token."),
+        (
+            {"READ_ONLY": "true"},
+            "READ_ONLY is set: only reading is open; orders may be read by anyone.",
+        ),
+        (
+            {"READ_ONLY": "true", "ADMIN_TOKEN": "x"},
+            "READ_ONLY is set: only reading is open; orders need the token.",
+        ),
+    ],
+)
+def test_the_start_says_who_may_do_what(tmp_path, database, settings, line):
+    db.Store(database).close()
+    server = Server(tmp_path, **settings).start()
+    server.assert_ends_well()
+    assert server.log[1:] == [line + "\n"]
+
+
 def test_a_port_in_use_ends_the_start_with_one_line(server, tmp_path):
     result = Server(tmp_path, PORT=str(server.port)).run()
     assert result.returncode == 2
@@ -2059,6 +3058,105 @@ def test_the_environment_outranks_the_file_env(tmp_path):
     server = Server(tmp_path, READ_ONLY="false").start()
     assert server("GET", "/healthz").json == {"status": "ok"}
     assert server.end()[0] == 0
+
+
+ENV_LINES = [
+    ("NAME=value", "value"),
+    ("export NAME=value", "value"),
+    ("export\tNAME=value", "value"),
+    ("NAME: value", "value"),
+    ("NAME:value", "value"),
+    ("export NAME: value", "value"),
+    ("  NAME = value  ", "value"),
+    ("NAME=", ""),
+    ("NAME=two words", "two words"),
+    ("NAME=a=b:c", "a=b:c"),
+    ("NAME=sqlite:///db.sqlite3", "sqlite:///db.sqlite3"),
+    ("NAME=a#b", "a#b"),
+    ("NAME=value # comment", "value"),
+    ("NAME=value#no comment", "value#no comment"),
+    ("NAME='value'", "value"),
+    ('NAME="value"', "value"),
+    ("NAME: 'value'", "value"),
+    ("NAME=''", ""),
+    ("NAME=' a # b '", " a # b "),
+    ('NAME=" a # b " # comment', " a # b "),
+    ("NAME='value' # it's a comment", "value"),
+    ("NAME='a\"b'", 'a"b'),
+    ('NAME="it\'s"', "it's"),
+    ("NAME='a\\nb'", "a\\nb"),
+    ("NAME='it\\'s'", "it's"),
+    ('NAME="a\\nb\\tc\\rd"', "a\nb\tc\rd"),
+    ('NAME="a\\"b\\\\c"', 'a"b\\c'),
+    ("NAME=a\\nb", "a\\nb"),
+    ("NAME=it's", "it's"),
+    ("NAME=naïve ☕", "naïve ☕"),
+    ("# NAME=no\nNAME=value", "value"),
+    ("   # NAME=no\n\n \t\nNAME=value\n#NAME=no", "value"),
+    ("\ufeffNAME=value", "value"),
+    ("\ufeffexport NAME='value'", "value"),
+    ("NAME=value\r\nOTHER=x\r\n", "value"),
+    ("NAME=first\nNAME=second", "second"),
+]
+
+
+@pytest.mark.parametrize("text, value", ENV_LINES)
+def test_a_file_env_is_read_as_docker_compose_reads_it(tmp_path, monkeypatch, text, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NAME", raising=False)
+    (tmp_path / ".env").write_bytes(text.encode())
+    assert shop_module.read_environment()["NAME"] == value
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ADMIN_TOKEN",
+        "s3cret",
+        "ADMIN_TOKEN s3cret",
+        "ADMIN TOKEN=s3cret",
+        "ADMIN-TOKEN=s3cret",
+        "export ADMIN_TOKEN",
+        "set ADMIN_TOKEN=s3cret",
+        "=s3cret",
+        "1TOKEN=s3cret",
+        "ADMIN_TOKEN='s3cret",
+        'ADMIN_TOKEN="s3cret',
+        "ADMIN_TOKEN='s3cret' s3cret",
+        'ADMIN_TOKEN="s3cret\\"',
+        '"ADMIN_TOKEN=s3cret"',
+        '{"ADMIN_TOKEN": "s3cret"}',
+        "s3cret" * 1000,
+    ],
+)
+def test_a_line_of_env_that_sets_nothing_ends_the_start_and_is_named_by_its_number_alone(
+    tmp_path, monkeypatch, line
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"# settings\nPORT=0\n\n{line}\nDEBUG=false\n")
+    with pytest.raises(shop_module.ConfigError) as raised:
+        shop_module.read_environment()
+    assert re.match(r"Line 4 of \.env\b", str(raised.value))
+    assert "s3cret" not in str(raised.value)
+    assert len(str(raised.value)) < 200
+    assert "\n" not in str(raised.value)
+
+
+def test_an_export_in_env_closes_the_shop_and_a_bad_line_ends_every_command(tmp_path):
+    env = tmp_path / ".env"
+    env.write_text("\ufeffexport ADMIN_TOKEN='s3cret' # mine\nORDER_TOKEN: 0rder\n")
+    server = Server(tmp_path).start()
+    assert server("GET", "/orders/").status == 401
+    assert server.order().status == 401
+    assert server("GET", "/orders/", **bearer("s3cret")).status == 200
+    assert server.order(**bearer("0rder")).status == 422
+    server.assert_ends_well()
+    env.write_text("\nexport ADMIN_TOKEN\n")
+    for command in [], ["check"], ["backup", "copy"]:
+        result = Server(tmp_path).run(*command)
+        assert result.returncode in (1, 2)
+        assert re.fullmatch(r"shop: Line 2 of \.env [^\n]+\n", result.stderr)
+        assert result.stdout == ""
 
 
 @pytest.mark.parametrize("kind", ["not UTF-8", "a folder"])
@@ -2195,6 +3293,30 @@ def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
     assert server.run("check", "mine").returncode == 0
 
 
+def test_a_backup_onto_a_file_names_the_option_that_replaces_it(server, tmp_path):
+    server.product()
+    (tmp_path / "mine").write_text("mine")
+    refused = server.run("backup", "mine")
+    assert refused.returncode == 1
+    assert "mine" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert server.run("backup", "mine", "--overwrite").returncode == 0
+    for target in "db.sqlite3", ".":  # which --overwrite does not replace
+        refused = server.run("backup", target, "--overwrite")
+        assert refused.returncode == 1
+        assert "--overwrite" not in refused.stderr
+
+
+def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_path):
+    (tmp_path / "text").write_text("no database " * 100)
+    for name in "text", "none":
+        result = Server(tmp_path).run("check", name)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert re.fullmatch(rf"shop: [^\n]*\b{name}\b[^\n]*\n", result.stderr)
+
+
 @pytest.mark.parametrize(
     "statements, message",
     [
@@ -2224,6 +3346,7 @@ def test_check_finds_planted_damage(shop, mug, database, tmp_path, statements, m
     result = Server(tmp_path).run("check")
     assert result.returncode == 1
     assert message in result.stdout
+    assert all(line.startswith("db.sqlite3: ") for line in result.stdout.splitlines())
 
 
 def test_check_finds_a_damaged_page(shop, tmp_path, database):
@@ -2235,7 +3358,8 @@ def test_check_finds_a_damaged_page(shop, tmp_path, database):
         file.write(os.urandom(4096))
     result = Server(tmp_path).run("check", "db.sqlite3")
     assert result.returncode == 1
-    assert result.stdout.count("\n")
+    assert result.stdout
+    assert all(line.startswith("db.sqlite3: ") for line in result.stdout.splitlines())
     assert "Traceback" not in result.stderr
 
 
@@ -2248,19 +3372,47 @@ def setting_names():
 def test_help_lists_every_command_and_every_setting(tmp_path):
     help_ = Server(tmp_path).run("--help")
     assert help_.returncode == 0
-    for word in "backup FILE", "check [FILE]", *setting_names():
+    for word in "backup FILE", "check [FILE]", "--version", *setting_names():
         assert word in help_.stdout
-    for arguments in [
-        ["bakcup"],
-        ["backup"],
-        ["check", "a", "b"],
-        ["backup", "--force", "x"],
-        ["check", "-x"],
-        ["--nonsense"],
-    ]:
-        result = Server(tmp_path).run(*arguments)
-        assert result.returncode == 2
-        assert result.stderr == help_.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["bakcup"], "unknown command 'bakcup'"),
+        (["--nonsense"], "unknown option '--nonsense'"),
+        (["-x"], "unknown option '-x'"),
+        (["backup", "--force", "x"], "unknown option '--force'"),
+        (["check", "-x"], "unknown option '-x'"),
+        (["serve", "--overwrite"], "unknown option '--overwrite'"),
+        (["x" * 5000], "unknown command 'xxx"),
+        (["two\nlines"], "unknown command 'two"),
+        (["backup"], "backup"),
+        (["backup", "a", "b"], "backup"),
+        (["check", "a", "b"], "check"),
+        (["serve", "a"], "serve"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line_that_names_what_is_wrong(
+    tmp_path, arguments, words
+):
+    result = Server(tmp_path).run(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(r"shop: [^\n]{1,200}\n", result.stderr)
+    assert words in result.stderr
+    assert "--help" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_one_line(tmp_path):
+    result = Server(tmp_path, PORT="nonsense").run("--version")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert re.fullmatch(
+        rf"shop {re.escape(shop_module.VERSION)}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout
+    )
+    assert openapi()["info"]["version"] == shop_module.VERSION
 
 
 def test_a_read_only_server_answers_every_get_and_refuses_every_write(server, tmp_path):
@@ -2353,7 +3505,7 @@ def run_curl(server, command):
 def test_every_example_of_the_readme_answers_as_the_readme_says(server):
     blocks = re.findall(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     examples = [example.partition("\n") for block in blocks for example in block.split("$ ")[1:]]
-    assert len(examples) == 12
+    assert 12 <= len(examples) <= 17
 
     def without_times(text):
         return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z|Date: .*", "then", text)
@@ -2374,7 +3526,7 @@ def test_the_readme_names_every_path_status_and_setting(shop):
         if path != "/":
             for method in operations:
                 assert f"`{method.upper()} {with_ids(path)}`" in readme
-    for status in document["components"]["responses"]:
+    for status in *document["components"]["responses"], "401", "409", "422":
         assert re.search(rf"^\|.*\b{status}\b.*\|", readme, re.M), status
     example = (HERE / ".env.example").read_text()
     for name in setting_names():
@@ -2405,19 +3557,41 @@ def test_openapi_names_every_route_and_refers_to_nothing_that_is_missing(shop):
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
         assert operation["summary"]
         assert "401" not in operation["responses"]
-    assert document["components"]["schemas"]["NewProduct"] == standard(shop_module.NEW_PRODUCT)
-    for keyword in "decimals", "message", "unique_by":
-        assert f'"{keyword}":' not in json.dumps(document)
+    for name, own in shop_module.SCHEMAS.items():
+        described = document["components"]["schemas"][name]
+        assert without_words(described) == without_words(standard(own)), name
 
 
 def standard(schema):
-    """An object's schema as /openapi.json has it: without the keywords that are the shop's own."""
-    properties = {}
-    for name, own in schema["properties"].items():
-        properties[name] = {key: own[key] for key in own if key not in ("decimals", "message")}
-        if own.get("decimals") == 2:
-            properties[name]["multipleOf"] = 0.01
-    return {**schema, "properties": properties}
+    """A schema as /openapi.json has it: nested ones by reference, in JSON Schema's own keywords."""
+    kept = {key: schema[key] for key in schema if key not in OWN_KEYWORDS}
+    if "properties" in kept:
+        properties = kept["properties"].items()
+        kept["properties"] = {name: reference_to(field) for name, field in properties}
+    if "items" in kept:
+        kept["items"] = reference_to(kept["items"])
+    return kept
+
+
+OWN_KEYWORDS = {"decimals", "unique_by", "default", "message"}
+
+
+def reference_to(schema):
+    for name, named in shop_module.SCHEMAS.items():
+        if named is schema:
+            return {"$ref": f"#/components/schemas/{name}"}
+    return standard(schema)
+
+
+def without_words(schema):
+    """The schema without its descriptions and examples."""
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: without_words(value)
+        for key, value in schema.items()
+        if not (key in ("description", "examples") and isinstance(value, (str, list)))
+    }
 
 
 def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store(shop):
@@ -2444,8 +3618,9 @@ def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store(shop)
         assert callable(getattr(db.Store, name))
 
 
-def test_openapi_requires_the_token_where_the_shop_does(make_shop):
-    shop = make_shop(admin_token="secret")
+@pytest.mark.parametrize("tokens", [{}, {"order_token": "other"}])
+def test_openapi_requires_the_token_where_the_shop_does(make_shop, tokens):
+    shop = make_shop(admin_token="secret", **tokens)
     for path, operations in shop("GET", "/openapi.json").json["paths"].items():
         for method, operation in operations.items():
             refused = shop(method.upper(), with_ids(path)).status_int == 401
@@ -2453,7 +3628,216 @@ def test_openapi_requires_the_token_where_the_shop_does(make_shop):
             assert refused == ("401" in operation["responses"])
 
 
-def test_dockerfile_compose_file_and_readme_agree():
+def references_in(part):
+    return set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(part)))
+
+
+def reachable(part):
+    """The names of every component that a part of /openapi.json leads to."""
+    found = set()
+    new = references_in(part)
+    while new - found:
+        found |= new
+        new = set().union(
+            *(references_in(openapi()["components"][kind][name]) for kind, name in found)
+        )
+    return found
+
+
+def operations_of_openapi():
+    return [
+        operation for operations in openapi()["paths"].values() for operation in operations.values()
+    ]
+
+
+def keywords_in(part):
+    """Every key in a part of /openapi.json."""
+    if isinstance(part, list):
+        return set().union(*map(keywords_in, part))
+    if not isinstance(part, dict):
+        return set()
+    return set(part).union(*map(keywords_in, part.values()))
+
+
+def test_every_schema_of_openapi_has_an_example_that_it_accepts(shop):
+    schemas = openapi()["components"]["schemas"]
+    for name, schema in schemas.items():
+        assert schema["examples"], name
+        for example in schema["examples"]:
+            assert list(schema_errors(example, schema, closed=True)) == [], name
+            # It shows every field, but for those that exclude or just accompany others.
+            if "required" in schema:
+                assert set(schema["required"]) <= example.keys()
+    assert set(schemas) >= {"Product", "NewProduct", "Order", "NewOrder", "Problem"}
+
+
+def test_openapi_has_no_keyword_that_generators_and_validators_stumble_over():
+    names = {
+        name
+        for schema in openapi()["components"]["schemas"].values()
+        for name in schema.get("properties", ())
+    }
+    for keyword in keywords_in(openapi()) - names:
+        assert keyword not in ("multipleOf", "default", "decimals", "unique_by", "message")
+        assert not keyword.lower().startswith("x-"), keyword
+
+
+def test_two_decimals_the_repeated_product_and_defaults_are_said_in_words():
+    schemas = openapi()["components"]["schemas"]
+    for name in "Product", "NewProduct", "ProductUpdate", "OrderLine":
+        assert "two decimals" in schemas[name]["properties"]["price"]["description"]
+    assert "product_id" in schemas["NewOrder"]["properties"]["products"]["description"]
+    assert "once" in schemas["NewOrder"]["properties"]["products"]["description"]
+    for name, field, default in [
+        ("NewProduct", "description", '""'),
+        ("NewProduct", "stock", "0"),
+        ("NewOrder", "reference", '""'),
+    ]:
+        assert f"Default: {default}" in schemas[name]["properties"][field]["description"]
+        assert field not in schemas[name]["required"]
+    for path, parameter, default in [
+        ("/products/", "sort", "id"),
+        ("/orders/", "sort", "id"),
+        ("/orders/", "limit", "100"),
+    ]:
+        [schema] = [
+            item["schema"]
+            for item in openapi()["paths"][path]["get"]["parameters"]
+            if item["name"] == parameter
+        ]
+        assert re.search(rf'Default: "?{default}\b', schema["description"])
+
+
+def test_only_the_schemas_of_requests_are_closed_to_new_fields():
+    requests = reachable([operation.get("requestBody") for operation in operations_of_openapi()])
+    responses = reachable([operation["responses"] for operation in operations_of_openapi()])
+    assert not requests & responses
+    for name, schema in openapi()["components"]["schemas"].items():
+        if ("schemas", name) in requests:
+            assert schema["additionalProperties"] is False, name
+        else:
+            assert "additionalProperties" not in keywords_in(schema), name
+
+
+def test_every_component_of_openapi_is_used():
+    components = openapi()["components"]
+    defined = {(kind, name) for kind in ("schemas", "responses") for name in components[kind]}
+    assert reachable(openapi()["paths"]) == defined
+    used = {
+        name
+        for operation in operations_of_openapi()
+        for item in operation["security"]
+        for name in item
+    }
+    assert used == set(components["securitySchemes"])
+    assert not {"409", "422"} & set(components["responses"])
+
+
+def test_nested_schemas_are_references():
+    schemas = openapi()["components"]["schemas"]
+    for name, field, item in [
+        ("ProductList", "products", "Product"),
+        ("OrderList", "orders", "Order"),
+        ("Order", "products", "OrderLine"),
+        ("NewOrder", "products", "NewOrderLine"),
+        ("InsufficientStock", "shortages", "Shortage"),
+        ("ValidationFailed", "errors", "InvalidField"),
+    ]:
+        items = schemas[name]["properties"][field]["items"]
+        assert items == {"$ref": f"#/components/schemas/{item}"}
+    for operation in operations_of_openapi():
+        for response in operation["responses"].values():
+            for media_type, content in resolve(response).get("content", {}).items():
+                if media_type != "text/html" and operation["operationId"] != "get_openapi":
+                    assert content["schema"].keys() <= {"$ref", "oneOf"}
+
+
+def test_every_operation_has_a_tag_a_summary_a_description_and_a_name_of_its_own():
+    tags = {tag["name"] for tag in openapi()["tags"]}
+    operations = operations_of_openapi()
+    assert {operation["operationId"] for operation in operations} == set(ACCESS)
+    assert len(operations) == len(ACCESS)
+    for operation in operations:
+        [tag] = operation["tags"]
+        assert tag in tags
+        assert operation["summary"].strip()
+        assert operation["description"].strip()
+    assert {tag for operation in operations for tag in operation["tags"]} == tags
+
+
+def problem_schemas(operation_id, status):
+    """The names of the schemas of a problem, and whether a client has to choose."""
+    [operation] = [
+        operation
+        for operation in operations_of_openapi()
+        if operation["operationId"] == operation_id
+    ]
+    response = operation["responses"].get(status)
+    if response is None:
+        return []
+    assert "$ref" not in response  # each operation says itself which types it has
+    schema = response["content"]["application/problem+json"]["schema"]
+    references = [item["$ref"] for item in schema.get("oneOf", [schema])]
+    return [reference.removeprefix("#/components/schemas/") for reference in references]
+
+
+def test_each_type_of_a_409_and_a_422_has_a_schema_of_its_own():
+    conflicts = {name: problem_schemas(name, "409") for name in ACCESS}
+    assert {name: kinds for name, kinds in conflicts.items() if kinds} == {
+        "create_order": ["InsufficientStock"],
+        "update_stock": ["InsufficientStock"],
+        "update_order": ["InvalidTransition"],
+    }
+    for name, (_, method, *_) in ACCESS.items():
+        kinds = ["ValidationFailed"] + ["IdempotencyKeyReused"] * (method == "POST")
+        assert problem_schemas(name, "422") == kinds
+    for name, kind, status, required in [
+        ("InsufficientStock", "insufficient-stock", 409, {"shortages"}),
+        ("InvalidTransition", "invalid-transition", 409, set()),
+        ("ValidationFailed", "validation", 422, {"errors"}),
+        ("IdempotencyKeyReused", "idempotency-key-reused", 422, set()),
+    ]:
+        schema = openapi()["components"]["schemas"][name]
+        assert schema["properties"]["type"]["const"] == f"urn:problem-type:{kind}"
+        assert schema["properties"]["status"]["const"] == status
+        assert set(schema["required"]) == {"type", "title", "status", "detail"} | required
+
+
+def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_accepts(shop, mug):
+    schemas = openapi()["components"]["schemas"]
+    for field, values in INVALID_FIELDS.items():
+        for value in values:
+            in_words = value == 9.999 or (
+                isinstance(value, str) and re.search("[\ud800-\udfff]", value)
+            )
+            for body, name in [
+                ({"name": "x", "price": 1, field: value}, "NewProduct"),
+                ({field: value}, "ProductUpdate"),
+            ]:
+                assert bool(in_words) != any(schema_errors(body, schemas[name])), body
+    for body, _ in INVALID_ORDERS:
+        repeats = body == order_of((1, 1), (1, 1))
+        assert repeats != any(schema_errors(body, schemas["NewOrder"])), body
+    for name, path, body in [
+        ("NewProduct", "/products/", {"name": "x", "price": 0.29}),
+        ("NewProduct", "/products/", {"name": "\u3000x", "price": 1e1, "stock": 2.0}),
+        ("NewProduct", "/products/", {"name": "😀" * 200, "price": 1000000, "description": ""}),
+        ("StockUpdate", "/products/1/stock/", {"change": -0.0}),
+        ("NewOrder", "/orders/", referring("é" * 200, (1, 1))),
+    ]:
+        assert list(schema_errors(body, schemas[name])) == []
+        assert shop("POST", path, body).status_int in (200, 201)
+    for name, body in [
+        ("ProductUpdate", {}),
+        ("StockUpdate", {"change": 10**9 + 1}),
+        ("OrderUpdate", {"status": "pending"}),
+        ("NewOrder", referring("x" * 201, (1, 1))),
+        ("NewOrder", referring("\0", (1, 1))),
+    ]:
+        assert any(schema_errors(body, schemas[name])), body
+
+
+def test_dockerfile_compose_file_and_readme_agree(tmp_path):
     dockerfile = (HERE / "Dockerfile").read_text()
     compose = (HERE / "docker-compose.yml").read_text()
     readme = (HERE / "README.md").read_text()
@@ -2468,7 +3852,9 @@ def test_dockerfile_compose_file_and_readme_agree():
     assert "- data:/data" in replica
     assert "-v shop:/data shop" in readme
     assert "EXPOSE 8000" in dockerfile
-    assert 'ports: ["8000:8000"]' in web
+    assert 'ports: ["${PUBLISH:-8000}:8000"]' in web
+    assert "PUBLISH=127.0.0.1:8000" in readme
+    assert "encode gzip" in readme
     assert "-p 8000:8000" in readme
     for name, value in [
         ("DATABASE_URL", "sqlite:////data/db.sqlite3"),
@@ -2477,7 +3863,8 @@ def test_dockerfile_compose_file_and_readme_agree():
     ]:
         assert re.search(rf"\b{name}={re.escape(value)}\b", dockerfile)
         assert re.search(rf'^ +{name}: "?{re.escape(value)}"?$', web, re.M)
-        assert shop_module.read_settings({name: value})
+        # Only in the container is there a folder /data.
+        assert shop_module.read_settings({name: value.replace("/data", str(tmp_path))})
     assert 'CMD ["python", "shop.py"]' in dockerfile
     assert "HEALTHCHECK" in dockerfile
     assert "/healthz" in dockerfile
@@ -2599,15 +3986,19 @@ def test_a_shop_of_schema_1_comes_along_with_all_it_has(make_shop, database):
         "status": "cancelled",
         "total_price": 14.98,
         "created_at": "2026-11-24T18:26:25Z",
+        "reference": "",
         "products": [
             {"product_id": 2, "name": "Tea", "price": 4.99, "quantity": 1},
             {"product_id": 1, "name": "Café", "price": 9.99, "quantity": 1},
         ],
     }
-    again = shop.order((1, 2), **{"Idempotency-Key": "k1"})
+    # Its first response, from before there were references, is repeated to the letter.
+    again = shop.app.post_json("/orders/", order_of((1, 2)), headers={"Idempotency-Key": "k1"})
     assert again.headers["Idempotent-Replayed"] == "true"
     assert again.headers["Location"] == "/orders/1/"
-    assert again.json == ORDER_1 == shop("GET", "/orders/1/").json
+    assert again.json == ORDER_1
+    assert shop("GET", "/orders/1/").json == ORDER_1 | {"reference": ""}
+    assert order_ids_of(shop, "?reference=") == [1, 2]
     assert shop.stock({"id": 1}) == 3
     other = shop.order((1, 1), **{"Idempotency-Key": "k1"})
     assert other.json["type"] == "urn:problem-type:idempotency-key-reused"
@@ -2679,7 +4070,7 @@ def test_a_migration_that_is_killed_leaves_the_old_file_whole(make_shop, tmp_pat
         "def fill(connection):\n"
         "    db.fill_search(connection)\n"
         "    os.kill(os.getpid(), 9)\n"
-        "db.MIGRATIONS[-1] = db.Migration(fill=fill)\n"
+        "db.MIGRATIONS[-1] = db.MIGRATIONS[-1]._replace(fill=fill)\n"
         "db.Store('db.sqlite3')\n"
     )
     ended = subprocess.run(
