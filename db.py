@@ -20,12 +20,12 @@ import sqlite3
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
 MAX_ID = 10**18 - 1
@@ -657,7 +657,8 @@ class Store:
 
     def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
-        return self._one("product", product_id, self._read(SELECT_PRODUCT, {"id": product_id}))
+        rows = self._read(SELECT_PRODUCT, {"id": product_id})
+        return public_columns(self._one("product", product_id, rows))
 
     def create_product(self, **fields: Any) -> dict:
         """Add a product and return it.
@@ -678,14 +679,15 @@ class Store:
         """
         with self.transaction() as connection:
             product = self._lock_product(connection, product_id, if_match)
-            return self._save_product(connection, {**product, **fields})
+            return self._save_product(connection, {**product, **fields}, product)
 
-    def update_stock(self, product_id: int, change: int, *, if_match: Precondition = None) -> dict:
-        """Add `change` pieces to the stock, or take them where it is negative, and return the
-        product.
+    def update_stock(
+        self, product_id: int, change: int, note: str = "", *, if_match: Precondition = None
+    ) -> dict:
+        """Add `change` pieces to the stock, or take them where it is negative; return the product.
 
-        Raises NotFound, PreconditionFailed (see update_product), InsufficientStock,
-        ExcessiveStock.
+        note: why, for the ledger. Raises NotFound, PreconditionFailed (see update_product),
+        InsufficientStock, ExcessiveStock.
         """
         with self.transaction() as connection:
             product = self._lock_product(connection, product_id, if_match)
@@ -694,7 +696,24 @@ class Store:
                 raise InsufficientStock([shortage(product_id, -change, product["stock"])])
             if stock > MAX_STOCK:
                 raise ExcessiveStock(product["stock"])
-            return self._save_product(connection, {**product, "stock": stock})
+            return self._save_product(connection, {**product, "stock": stock}, product, note)
+
+    def list_movements(
+        self, product_id: int, *, sort: str = "id", after: int = 0, limit: int = 100
+    ) -> tuple[list[dict], int | None]:
+        """A page of a product's movements of stock, and the id to go on after, or None.
+
+        sort: a key of MOVEMENT_ORDERS. after, limit: the page. Raises NotFound.
+        """
+        self.get_product(product_id)
+        going_on, order = MOVEMENT_ORDERS[sort]
+        conditions = ["product_id = :product_id", going_on if after else "TRUE"]
+        rows = self._read(
+            select_page(SELECT_MOVEMENTS, conditions, order),
+            {"product_id": product_id, "after": after, "limit": limit + 1},
+        )
+        next_after = rows[limit - 1]["id"] if len(rows) > limit else None
+        return [dict(row) for row in rows[:limit]], next_after
 
     def delete_product(self, product_id: int, *, if_match: Precondition = None) -> None:
         """Delete a product; the lines of orders keep their copies. Raises NotFound,
@@ -709,28 +728,123 @@ class Store:
     ) -> dict:
         """The product as it is under the write lock. Raises NotFound, PreconditionFailed."""
         rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
-        product = self._one("product", product_id, rows)
+        product = public_columns(self._one("product", product_id, rows))
         check_precondition(product, if_match)
         return product
 
-    @staticmethod
-    def _save_product(connection: sqlite3.Connection, product: dict) -> dict:
-        """Write a product, a new one where its id is None, and return it."""
+    def _save_product(
+        self,
+        connection: sqlite3.Connection,
+        product: dict,
+        before: dict | None = None,
+        note: str = "",
+    ) -> dict:
+        """Write a product, a new one where its id is None, and return it.
+
+        before: what it was; note: why its stock changes.
+        """
         [row] = connection.execute(
-            """
-            INSERT INTO product (id, name, description, price, stock)
-            VALUES (:id, :name, :description, :price, :stock)
-                ON CONFLICT (id) DO UPDATE
-               SET name = excluded.name, description = excluded.description,
-                   price = excluded.price, stock = excluded.stock
-            RETURNING *
-            """,
+            SAVE_PRODUCT,
             product,
         ).fetchall()
         if row["id"] > MAX_ID:
             raise IdsUsedUp
-        connection.execute(SAVE_SEARCH, search_row(row))
-        return dict(row)
+        texts = ("name", "description")
+        if before is None or any(row[name] != before[name] for name in texts):
+            connection.execute(SAVE_SEARCH, search_row(row))
+        change = row["stock"] - (before["stock"] if before else 0)
+        if change:
+            self._record_movement(connection, row["id"], change, note=note)
+        return public_columns(row)
+
+    @staticmethod
+    def _record_movement(
+        connection: sqlite3.Connection,
+        product_id: int,
+        change: int,
+        *,
+        order_id: int | None = None,
+        note: str = "",
+    ) -> None:
+        """Write into the ledger what has just changed the stock of a product."""
+        [(movement_id, stock)] = connection.execute(
+            """
+            UPDATE product
+               SET movements = movements + 1
+             WHERE id = :id
+            RETURNING movements, stock
+            """,
+            {"id": product_id},
+        ).fetchall()
+        connection.execute(
+            """
+            INSERT INTO movement (product_id, id, change, stock, order_id, note, created_at)
+            VALUES (:product_id, :id, :change, :stock, :order_id, :note, :created_at)
+            """,
+            {
+                "product_id": product_id,
+                "id": movement_id,
+                "change": change,
+                "stock": stock,
+                "order_id": order_id,
+                "note": note,
+                "created_at": timestamp(),
+            },
+        )
+
+    # --- spreadsheets
+
+    def export_products(self) -> Iterator[dict]:
+        """Every product by id, its price in cents, as they are at one moment."""
+        mode = "mode=ro" if self.read_only else "mode=rw"
+        try:
+            with contextlib.closing(self._connect(mode)) as reader:
+                for row in reader.execute("SELECT * FROM product ORDER BY id"):
+                    yield public_columns(row)
+        except sqlite3.Error as error:
+            raise translate_error(error) from error
+
+    def import_products(self, rows: Iterable[dict]) -> tuple[int, int]:
+        """Add and change products in one transaction; return how many were added and changed.
+
+        rows: fields as in create_product; one with an id changes the fields it has of that
+        product. Raises NotFound, and then nothing is changed.
+        """
+        added = 0
+        changed = 0
+        new: list[dict] = []
+        with self.transaction() as connection:
+            for row in rows:
+                if row.get("id") is None:
+                    new.append(row)
+                    added += 1
+                else:
+                    product = self._lock_product(connection, row["id"], None)
+                    self._save_product(connection, {**product, **row}, product, "import")
+                    changed += 1
+                if len(new) == 1000:
+                    self._insert_products(connection, new)
+                    new.clear()
+            self._insert_products(connection, new)
+        return added, changed
+
+    @staticmethod
+    def _insert_products(connection: sqlite3.Connection, rows: list[dict]) -> None:
+        """Add many products, at a quarter of what _save_product takes for each."""
+        [(last,)] = connection.execute("""
+            SELECT coalesce(max(seq), 0)
+              FROM sqlite_sequence
+             WHERE name = 'product'
+        """).fetchall()
+        if last + len(rows) > MAX_ID:
+            raise IdsUsedUp
+        products = [
+            {"description": "", "stock": 0, **row, "id": product_id}
+            for product_id, row in enumerate(rows, last + 1)
+        ]
+        connection.executemany(SAVE_PRODUCT, products)
+        connection.executemany(SAVE_SEARCH, map(search_row, products))
+        open_balances(connection, after=last, note="import")
 
     @staticmethod
     def _one(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
@@ -786,7 +900,11 @@ class Store:
         if not products:
             raise ValueError("An order needs at least one line.")
         with self.transaction() as connection:
-            lines = self._take_stock(connection, products)
+            taken = self._take_stock(connection, products)
+            lines = [
+                {"product_id": product_id, "name": name, "price": price, "quantity": quantity}
+                for product_id, _, name, price, quantity, *_ in taken
+            ]
             order = {
                 "total": sum(line["price"] * line["quantity"] for line in lines),
                 "created_at": timestamp(),
@@ -803,60 +921,46 @@ class Store:
                 raise IdsUsedUp
             connection.executemany(
                 """
-                INSERT INTO order_line (order_id, product_id, position, name, price, quantity)
-                VALUES (?, ?, ?, ?, ?, ?)
+                INSERT INTO order_line (order_id, product_id, position, name, price, quantity,
+                                        stock, movement_id)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 """,
-                [
-                    (
-                        order_id,
-                        line["product_id"],
-                        position,
-                        line["name"],
-                        line["price"],
-                        line["quantity"],
-                    )
-                    for position, line in enumerate(lines)
-                ],
+                [(order_id, *line) for line in taken],
             )
         return {"id": order_id, "status": "pending", **order, "lines": lines}
 
     @staticmethod
-    def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> list[dict]:
-        """Take the stock of every line; return the lines with name and price as they are now."""
-        lines = []
+    def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> list[tuple]:
+        """Take the stock of every line; return the columns of order_line behind order_id."""
+        taken = []
         unknown = {}
         shortages = []
         for position, line in enumerate(products):
+            product_id = line["product_id"]
+            quantity = line["quantity"]
             rows = connection.execute(
                 """
                 UPDATE product
-                   SET stock = stock - :quantity
+                   SET stock = stock - :quantity, movements = movements + 1
                  WHERE id = :product_id AND stock >= :quantity
-                RETURNING name, price
+                RETURNING name, price, stock, movements
                 """,
                 line,
             ).fetchall()
             if rows:
-                [(name, price)] = rows
-                lines.append(
-                    {
-                        "product_id": line["product_id"],
-                        "name": name,
-                        "price": price,
-                        "quantity": line["quantity"],
-                    }
-                )
+                [(name, price, stock, movement_id)] = rows
+                taken.append((product_id, position, name, price, quantity, stock, movement_id))
                 continue
-            rows = connection.execute(SELECT_PRODUCT, {"id": line["product_id"]}).fetchall()
+            rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
             if rows:
-                shortages.append(shortage(line["product_id"], line["quantity"], rows[0]["stock"]))
+                shortages.append(shortage(product_id, quantity, rows[0]["stock"]))
             else:
-                unknown[position] = line["product_id"]
+                unknown[position] = product_id
         if unknown:
             raise UnknownProducts(unknown)
         if shortages:
             raise InsufficientStock(shortages)
-        return lines
+        return taken
 
     def update_order(self, order_id: int, status: str, *, if_match: Precondition = None) -> dict:
         """Complete or cancel a pending order and return it; the status it already has changes
@@ -877,8 +981,40 @@ class Store:
             lines = connection.execute(SELECT_LINES, ids_of([order])).fetchall()
         return with_lines([{**order, "status": status}], lines)[0]
 
-    @staticmethod
-    def _set_status(connection: sqlite3.Connection, order_id: int, status: str) -> None:
+    def expire_orders(self, minutes: float, *, limit: int = 4) -> int:
+        """Cancel pending orders older than so many minutes, at most `limit`; return how many.
+
+        Four of a hundred lines take the loop 15 ms.
+        """
+        with self.transaction() as connection:
+            due = connection.execute(
+                """
+                SELECT id
+                  FROM orders
+                 WHERE status = 'pending' AND created_at < :due
+                 ORDER BY created_at
+                 LIMIT :limit
+                """,
+                {"due": timestamp(minutes * 60), "limit": limit},
+            ).fetchall()
+            for order in due:
+                self._set_status(connection, order["id"], "cancelled")
+        return len(due)
+
+    def has_expired_orders(self, minutes: float) -> bool:
+        """Whether expire_orders() would find something: without the write lock."""
+        rows = self._read(
+            """
+            SELECT 1
+              FROM orders
+             WHERE status = 'pending' AND created_at < :due
+             LIMIT 1
+            """,
+            {"due": timestamp(minutes * 60)},
+        )
+        return bool(rows)
+
+    def _set_status(self, connection: sqlite3.Connection, order_id: int, status: str) -> None:
         connection.execute(
             """
             UPDATE orders
@@ -888,15 +1024,29 @@ class Store:
             {"id": order_id, "status": status},
         )
         if status == "cancelled":
-            connection.execute(
-                """
-                UPDATE product
-                   SET stock = min(stock + order_line.quantity, :max)
-                  FROM order_line
-                 WHERE order_line.order_id = :id AND product.id = order_line.product_id
-                """,
-                {"id": order_id, "max": MAX_STOCK},
-            )
+            self._put_stock_back(connection, order_id)
+
+    def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
+        """As far as the products of an order still exist, and MAX_STOCK allows."""
+        lines = connection.execute(
+            """
+            SELECT product_id, min(quantity, :max - product.stock) AS change
+              FROM order_line JOIN product ON product.id = product_id
+             WHERE order_id = :id
+            """,
+            {"id": order_id, "max": MAX_STOCK},
+        ).fetchall()
+        for product_id, change in lines:
+            if change:
+                connection.execute(
+                    """
+                    UPDATE product
+                       SET stock = stock + :change
+                     WHERE id = :id
+                    """,
+                    {"id": product_id, "change": change},
+                )
+                self._record_movement(connection, product_id, change, order_id=order_id)
 
     # --- idempotency
 
@@ -984,7 +1134,12 @@ PRODUCT_ORDERS = {
         "price DESC, product.id",
     ),
 }
+MOVEMENT_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 ORDER_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
+SELECT_MOVEMENTS = """
+    SELECT id, change, stock, order_id, note, created_at
+      FROM every_movement
+"""
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words) WHERE NOT instr(words, value))
 """
@@ -1015,16 +1170,47 @@ def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
     return list(by_id.values())
 
 
+def public_columns(row: dict | sqlite3.Row) -> dict:
+    """A product without its count of movements, which is the ledger's."""
+    return {name: value for name, value in dict(row).items() if name != "movements"}
+
+
 def shortage(product_id: int, requested: int, available: int) -> dict:
     return {"product_id": product_id, "requested": requested, "available": available}
 
 
+SAVE_PRODUCT = """
+    INSERT INTO product (id, name, description, price, stock)
+    VALUES (:id, :name, :description, :price, :stock)
+        ON CONFLICT (id) DO UPDATE
+       SET name = excluded.name, description = excluded.description,
+           price = excluded.price, stock = excluded.stock
+    RETURNING *
+"""
 SAVE_SEARCH = """
     INSERT INTO product_search (product_id, sort_name, words)
     VALUES (:id, :sort_name, :words)
         ON CONFLICT (product_id) DO UPDATE
        SET sort_name = excluded.sort_name, words = excluded.words
 """
+
+
+def open_balances(
+    connection: sqlite3.Connection, after: int = 0, note: str = "opening balance"
+) -> None:
+    """Begin the ledger of the products with a greater id than `after`, with the stock they have."""
+    connection.execute(
+        """
+        INSERT INTO movement (product_id, id, change, stock, note, created_at)
+        SELECT id, 1, stock, stock, :note, :now
+          FROM product
+         WHERE id > :after AND stock > 0
+        """,
+        {"after": after, "note": note, "now": timestamp()},
+    )
+    connection.execute(
+        "UPDATE product SET movements = 1 WHERE id > :after AND stock > 0", {"after": after}
+    )
 
 
 def fold(text: str) -> str:
@@ -1069,6 +1255,14 @@ MIGRATIONS = [
             "DROP TABLE IF EXISTS product_search",
         ),
         fill=fill_search,
+    ),
+    Migration(  # 4 to 5: the ledger, orders_pending_by_time
+        alter=(
+            "ALTER TABLE product ADD COLUMN movements INTEGER NOT NULL DEFAULT 0",
+            "ALTER TABLE order_line ADD COLUMN stock INTEGER",
+            "ALTER TABLE order_line ADD COLUMN movement_id INTEGER",
+        ),
+        fill=open_balances,
     ),
 ]
 
@@ -1226,6 +1420,8 @@ def check_integrity(path: str | os.PathLike) -> list[str]:
                 *damaged_pages(connection),
                 *missing_references(connection),
                 *wrong_totals(connection),
+                *wrong_stocks(connection),
+                *missing_searches(connection),
             ]
     except sqlite3.DatabaseError as error:
         return [f"{error}."]
@@ -1254,3 +1450,41 @@ def wrong_totals(connection: sqlite3.Connection) -> list[str]:
         f"but {row['lines']} lines that make {row['sum']}."
         for row in rows
     ]
+
+
+def wrong_stocks(connection: sqlite3.Connection) -> list[str]:
+    """What the ledger does not account for: read once, in the order of its movements."""
+    products = connection.execute("SELECT id, stock, movements FROM product").fetchall()
+    counts = {row["id"]: 0 for row in products}
+    stocks = dict(counts)
+    errors = []
+    for product_id, movement_id, change, stock in connection.execute("""
+        SELECT product_id, id, change, stock
+          FROM movement
+         UNION ALL
+        SELECT product_id, movement_id, CAST(-quantity AS INTEGER), stock
+          FROM order_line
+         WHERE movement_id IS NOT NULL
+         ORDER BY product_id, id
+    """):
+        if product_id not in stocks:
+            continue  # deleted
+        counts[product_id] += 1
+        if movement_id != counts[product_id] or stock != stocks[product_id] + change:
+            errors.append(f"Movement {movement_id} of product {product_id} does not follow.")
+        stocks[product_id] += change
+    return errors + [
+        f"Product {row['id']} has a stock of {row['stock']} after {row['movements']} movements, "
+        f"but there are {counts[row['id']]}, which make {stocks[row['id']]}."
+        for row in products
+        if (row["stock"], row["movements"]) != (stocks[row["id"]], counts[row["id"]])
+    ]
+
+
+def missing_searches(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("""
+        SELECT id
+          FROM product
+         WHERE id NOT IN (SELECT product_id FROM product_search)
+    """).fetchall()
+    return [f"Product {row['id']} cannot be searched: its row of words is missing." for row in rows]

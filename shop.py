@@ -22,6 +22,7 @@ A request from socket to SQL:
 import base64
 import collections
 import contextlib
+import csv
 import decimal
 import functools
 import hashlib
@@ -41,13 +42,14 @@ import signal
 import socket
 import string
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from decimal import Decimal
 from email.utils import formatdate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -120,7 +122,23 @@ PRODUCT_FIELDS: dict[str, dict] = {
 PRODUCT = object_schema(" ".join(["id", *PRODUCT_FIELDS]), id=ID, **PRODUCT_FIELDS)
 NEW_PRODUCT = body_schema("name price", **PRODUCT_FIELDS)
 PRODUCT_UPDATE = body_schema(**PRODUCT_FIELDS) | {"minProperties": 1}
-STOCK_UPDATE = body_schema("change", change=CHANGE)
+NOTE = TEXT | {"maxLength": 200, "description": "Why the stock changes."}
+STOCK_UPDATE = body_schema("change", change=CHANGE, note=NOTE | {"default": ""})
+MOVEMENT = object_schema(
+    "id change stock order_id note created_at",
+    id=ID,
+    change=CHANGE,
+    stock=STOCK | {"description": "What was left after it."},
+    order_id={
+        "type": ["integer", "null"],
+        "description": "The order that took it or gave it back; null for any other movement.",
+    },
+    note=NOTE,
+    created_at=TIME,
+)
+MOVEMENTS = object_schema(
+    "movements next", movements={"type": "array", "items": MOVEMENT}, next=NEXT
+)
 PRODUCTS = object_schema("products next", products={"type": "array", "items": PRODUCT}, next=NEXT)
 
 NEW_LINE = body_schema("product_id quantity", product_id=ID, quantity=QUANTITY)
@@ -219,6 +237,9 @@ PRODUCT_QUERY = object_schema(
     sort=sort_schema(db.PRODUCT_ORDERS),
     limit=LIMIT,
     after=AFTER,
+)
+MOVEMENT_QUERY = object_schema(
+    sort=sort_schema(db.MOVEMENT_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
 )
 ORDER_QUERY = object_schema(
     status=STATUS | {"description": "Only orders of this status."},
@@ -329,6 +350,20 @@ def delete_product(store, product_id, if_match):
     """Delete a product; orders keep their lines."""
     store.delete_product(product_id, if_match=if_match)
     return bottle.HTTPResponse(status=204)
+
+
+@api.get(
+    "/products/<product_id:id>/stock/",
+    spec=Spec(MOVEMENTS, query=MOVEMENT_QUERY),
+)
+def list_movements(store, product_id, query):
+    """List every change of a product's stock.
+
+    The sum of the changes is the stock.
+    """
+    movements, next_after = store.list_movements(product_id, **query)
+    path = f"/products/{product_id}/stock/"
+    return page_response(path, "movements", json_encode(movements), query, next_after)
 
 
 @api.post(
@@ -1218,6 +1253,8 @@ SCHEMAS = {
     "NewProduct": NEW_PRODUCT,
     "ProductUpdate": PRODUCT_UPDATE,
     "StockUpdate": STOCK_UPDATE,
+    "Movement": MOVEMENT,
+    "MovementList": MOVEMENTS,
     "ProductList": PRODUCTS,
     "Order": ORDER,
     "OrderLine": LINE,
@@ -1245,12 +1282,22 @@ CART = {
     "reference": "cart-17",
     "products": [SOLD_MUG],
 }
+SALE = {
+    "id": 12,
+    "change": -2,
+    "stock": 10,
+    "order_id": 7,
+    "note": "",
+    "created_at": "2026-11-22T10:15:30Z",
+}
 SHORT_MUG = {"product_id": 1, "requested": 15, "available": 12}
 EXAMPLES = {
     "Product": MUG,
     "NewProduct": {name: MUG[name] for name in PRODUCT_FIELDS},
     "ProductUpdate": {"price": 8.5},
-    "StockUpdate": {"change": -3},
+    "StockUpdate": {"change": -3, "note": "broken"},
+    "Movement": SALE,
+    "MovementList": {"movements": [SALE], "next": None},
     "ProductList": {"products": [MUG], "next": None},
     "Order": CART,
     "OrderLine": SOLD_MUG,
@@ -1637,6 +1684,7 @@ class Settings(NamedTuple):
     admin_token: str | None = None
     order_token: str | None = None
     cors_origins: frozenset[str] = frozenset()
+    order_timeout: float | None = None  # minutes
     host: str = "127.0.0.1"
     port: int = 8000
     debug: bool = False
@@ -1661,6 +1709,7 @@ def read_settings(environ: dict) -> Settings:
         admin_token=read_token(environ, "ADMIN_TOKEN"),
         order_token=read_token(environ, "ORDER_TOKEN"),
         cors_origins=read_origins(environ.get("CORS_ORIGINS") or ""),
+        order_timeout=read_minutes(environ.get("ORDER_TIMEOUT") or ""),
         host=environ.get("HOST") or unset.host,
         port=read_port(environ.get("PORT") or str(unset.port)),
         debug=read_flag(environ, "DEBUG", unset.debug),
@@ -1722,6 +1771,14 @@ def read_origins(text: str) -> frozenset[str]:
                 f"{shown(origin)}."
             )
     return frozenset(origins)
+
+
+def read_minutes(text: str) -> float | None:
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,9})?", text) or float(text) == 0:
+        raise ConfigError(f"ORDER_TIMEOUT must be a number of minutes above 0, not {shown(text)}.")
+    return float(text)
 
 
 def read_flag(environ: dict, name: str, default: bool) -> bool:
@@ -2396,6 +2453,8 @@ class Loop:
         self.waiting = False  # for the write lock
         self.stopped_at: float | None = None
         self.next_check = 0.0  # of timeouts
+        self.order_timeout = None if settings.read_only else settings.order_timeout
+        self.next_expiry = 0.0
         self.date = b""
         self.cache = Cache()
         adj = waitress.adjustments.Adjustments(
@@ -2428,6 +2487,7 @@ class Loop:
             self.poll()
             self.check_timeouts()
             self.serve_batch()
+            self.expire_orders()
         self.slow_reads.close()
         waitress.wasyncore.close_all(self.map)
 
@@ -2435,7 +2495,7 @@ class Loop:
         pause = 1.0
         if self.waiting or self.stopped_at:
             pause = 0.01
-        elif self.ready:
+        elif self.ready or (self.order_timeout and self.next_expiry < time.monotonic()):
             pause = 0
         self.poller.handle_events(pause)
         known = 0
@@ -2452,6 +2512,16 @@ class Loop:
                 if isinstance(dispatcher, Channel):
                     dispatcher.check_timeouts(now)
                 self.poller.watch(dispatcher)
+
+    def expire_orders(self) -> None:
+        """Cancel orders that have waited too long, a few each turn."""
+        if self.order_timeout is None or time.monotonic() < self.next_expiry:
+            return
+        self.next_expiry = time.monotonic() + 1
+        with contextlib.suppress(db.DatabaseUnavailable):  # then a second later
+            if self.store.has_expired_orders(self.order_timeout):
+                self.store.expire_orders(self.order_timeout)
+                self.next_expiry = 0
 
     def channels(self) -> list[Channel]:
         return [channel for channel in self.map.values() if isinstance(channel, Channel)]
@@ -2657,6 +2727,11 @@ HELP = """\
 usage: python shop.py [serve]                       serve the shop until SIGTERM or SIGINT
        python shop.py backup FILE [--overwrite]     copy the database to FILE, while it is in use
        python shop.py check [FILE]                  check FILE, or else the shop's own database
+       python shop.py import FILE.csv [--stock]     add and change products from a spreadsheet,
+                                                    or from standard input (-); --stock sets the
+                                                    stock of products that there are, too
+       python shop.py export [FILE.csv]             write all products as import reads them
+       python shop.py expire                        cancel orders older than ORDER_TIMEOUT
        python shop.py --version                     print the version
 
 Settings come from the environment, and from a file .env in the working directory:
@@ -2665,6 +2740,7 @@ Settings come from the environment, and from a file .env in the working director
     ADMIN_TOKEN    that Authorization: Bearer must carry, except to read products and to order;
                    unset: everything is open to everyone
     ORDER_TOKEN    that placing an order must carry, or else the admin's; needs ADMIN_TOKEN
+    ORDER_TIMEOUT  minutes after which a pending order is cancelled; unset: never
     CORS_ORIGINS   origins of web pages that may call the shop, such as https://shop.example, or *
     ACCESS_LOG     true: a line a request on standard output
     DEBUG          false; true logs every SQL statement on standard error
@@ -2675,8 +2751,18 @@ OPTIONS: dict[str, set[str]] = {
     "serve": set(),
     "backup": {"--overwrite"},
     "check": set(),
+    "import": {"--stock"},
+    "export": set(),
+    "expire": set(),
 }
-FILES = {"serve": (0, 0), "backup": (1, 1), "check": (0, 1)}  # how many each takes
+FILES = {  # how many each takes
+    "serve": (0, 0),
+    "backup": (1, 1),
+    "check": (0, 1),
+    "import": (1, 1),
+    "export": (0, 1),
+    "expire": (0, 0),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -2768,10 +2854,199 @@ def run_check(file: str | None = None) -> int:
     return 1 if errors else 0
 
 
+def open_store() -> tuple[db.Store, Settings]:
+    """The Store that the environment names, for a command beside the shop."""
+    settings = read_settings(read_environment())
+    store = db.Store(
+        settings.database,
+        lock_timeout=30,
+        read_only=settings.read_only,
+        autocheckpoint=not settings.litestream,
+    )
+    return store, settings
+
+
+def run_expire() -> int:
+    try:
+        store, settings = open_store()
+        if settings.order_timeout is None:
+            raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
+        cancelled = 0
+        while store.has_expired_orders(settings.order_timeout):
+            cancelled += store.expire_orders(settings.order_timeout)
+        store.close()
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
+        return fail(error, 1)
+    print(f"{cancelled} orders cancelled")
+    return 0
+
+
+# Spreadsheets: CSV in UTF-8, with a header line.
+
+COLUMNS = ["id", *PRODUCT_FIELDS]
+
+
+class CsvErrors(Exception):
+    """A spreadsheet cannot be imported; the argument is a list of what is wrong, by line."""
+
+
+def run_import(file: str, *options: str) -> int:
+    """Check every row first, so that the lock is taken for no more than the writing."""
+    try:
+        store, _ = open_store()
+        with open_csv(file) as source, tempfile.TemporaryFile("w+", encoding="utf-8") as checked:
+            check_rows(source, store, "--stock" in options, checked)
+            checked.seek(0)
+            added, changed = store.import_products(map(json.loads, checked))
+        store.close()
+    except CsvErrors as error:
+        for line in error.args[0]:
+            print(f"shop: {file}, {line}", file=sys.stderr)
+        return fail("nothing has been imported.", 1)
+    except OSError as error:
+        return fail(f"{file}: {error.strerror}.", 1)
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable, db.NotFound) as error:
+        return fail(f"{error} Nothing has been imported.", 1)
+    print(f"{file}: {added} products added, {changed} changed")
+    return 0
+
+
+def open_csv(file: str) -> TextIO:
+    source: str | int = 0 if file == "-" else file
+    # Bytes that are no UTF-8 become surrogates, which the rules of the API refuse, line by line.
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    return open(source, **how)  # type: ignore[call-overload]  # noqa: SIM115
+
+
+def check_rows(source: TextIO, store: db.Store, with_stock: bool, checked: TextIO) -> None:
+    """Write the valid rows to a file, one as JSON to a line. Raises CsvErrors for all others."""
+    reader = csv.reader(source, strict=True)  # or a quote without end would swallow the rest
+    errors: list[str] = []
+    line = 1  # in which a row begins: cells may hold line breaks
+    try:
+        columns = read_columns(next(reader, []))
+        known = {product["id"] for product in store.export_products()}
+        line = reader.line_num + 1
+        for number, cells in enumerate(reader, 1):
+            if cells:
+                row, messages = check_row(columns, cells, known, with_stock)
+                errors += [f"line {line}: {message}." for message in messages]
+                checked.write(json_encode(row) + "\n" if not errors else "")
+            line = reader.line_num + 1
+            if number % 10_000 == 0 and sys.stderr.isatty():
+                print(f"\r{number} rows checked", end="\r", file=sys.stderr)
+    except csv.Error as error:
+        errors.append(f"line {line}: {error}; what follows has not been checked.")
+    if errors:
+        raise CsvErrors(errors)
+
+
+def read_columns(columns: list[str]) -> list[str]:
+    unknown = [name for name in columns if name not in COLUMNS]
+    if not columns or unknown or len(set(columns)) < len(columns):
+        raise CsvErrors(
+            [
+                f"line 1: the header must name columns out of {','.join(COLUMNS)}, each once, "
+                f"separated by commas, not {shown(','.join(columns))}."
+            ]
+        )
+    return columns
+
+
+def check_row(
+    columns: list[str], cells: list[str], known: set[int], with_stock: bool
+) -> tuple[dict, list[str]]:
+    """A row as fields of a product, by the rules of the API; and what is wrong with it."""
+    if len(cells) != len(columns):
+        return {}, [f"there are {len(cells)} cells, the header has {len(columns)}"]
+    fields: dict[str, Any] = dict(zip(columns, cells, strict=True))
+    id_text = fields.pop("id", "")
+    for name in {"price", "stock"} & fields.keys():
+        fields[name] = read_number(fields[name])
+    if not id_text:
+        schema = NEW_PRODUCT
+        if fields.get("stock") == "":
+            del fields["stock"]
+    else:
+        schema = PRODUCT_UPDATE
+        if not with_stock:
+            fields.pop("stock", None)
+        if not fields:
+            return {}, ["there is nothing to change: a stock is only set with --stock"]
+    return validate_row(schema, fields, id_text, known)
+
+
+def validate_row(
+    schema: dict, fields: dict, id_text: str, known: set[int]
+) -> tuple[dict, list[str]]:
+    messages = []
+    row: dict[str, Any] = {}
+    if id_text:
+        product_id = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
+        if product_id not in known:
+            messages.append(f"id {shown(id_text)} is no product, or stands in the file twice")
+        known.discard(product_id)
+        row["id"] = product_id
+    try:
+        row |= compile_schema(schema)(fields)
+    except ValidationError as error:
+        messages += [f"{field_name(path)} {message}" for path, message in error.errors]
+    return row, messages
+
+
+def read_number(text: str) -> Any:
+    """A cell as JSON has it: a number where it is one, else the text, which is refused later."""
+    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
+        return parse_decimal(text) if "." in text else parse_int(text)
+    return text
+
+
+def run_export(file: str | None = None) -> int:
+    try:
+        database = read_settings(read_environment()).database
+        store = db.Store(database, read_only=True)
+        if file is None:
+            with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
+                write_csv(store, target)
+        else:
+            export_file(store, file)
+    except BrokenPipeError:
+        return 1  # nobody reads on
+    except OSError as error:
+        return fail(f"{file or 'standard output'}: {error.strerror}.", 1)
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
+        return fail(error, 1)
+    return 0
+
+
+def export_file(store: db.Store, file: str) -> None:
+    """Write a file as a whole, or leave what was there."""
+    partial = f"{file}.partial-{os.getpid()}"
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as target:
+            write_csv(store, target)
+        os.replace(partial, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+
+
+def write_csv(store: db.Store, target: TextIO) -> None:
+    # Lines end as in RFC 4180. With a bare LF, Python before 3.13 leaves a CR in a cell unquoted.
+    writer = csv.DictWriter(target, COLUMNS)
+    writer.writeheader()
+    for product in store.export_products():
+        cents = product["price"]
+        writer.writerow({**product, "price": f"{cents // 100}.{cents % 100:02}"})
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "serve": serve,
     "backup": run_backup,
     "check": run_check,
+    "import": run_import,
+    "export": run_export,
+    "expire": run_expire,
 }
 
 

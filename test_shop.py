@@ -10,11 +10,13 @@ import base64
 import calendar
 import concurrent.futures
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
 import http.client
 import inspect
+import io
 import json
 import os
 import random
@@ -958,7 +960,7 @@ PATH_METHODS = {
     "/openapi.json": "GET HEAD",
     "/products/": "GET HEAD POST",
     "/products/1/": "DELETE GET HEAD PATCH",
-    "/products/1/stock": "POST",
+    "/products/1/stock": "GET HEAD POST",
     "/orders/": "GET HEAD POST",
     "/orders/1/": "GET HEAD PATCH",
 }
@@ -1577,6 +1579,7 @@ ACCESS = {
     "create_product": ("admin", "POST", "/products/", {"name": "x", "price": 1}),
     "update_product": ("admin", "PATCH", "/products/1/", {"price": 2}),
     "update_stock": ("admin", "POST", "/products/1/stock/", {"change": 1}),
+    "list_movements": ("admin", "GET", "/products/1/stock/", None),
     "delete_product": ("admin", "DELETE", "/products/1/", None),
 }
 
@@ -3608,6 +3611,7 @@ def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store(shop)
         "delete_product",
         "get_order",
         "get_product",
+        "list_movements",
         "list_orders",
         "list_products",
         "update_order",
@@ -5591,3 +5595,1071 @@ def test_the_last_id_is_given_and_found_at_its_location(shop, mug, database, tab
     assert response.status_int == 201
     assert response.json["id"] == LARGEST_ID
     assert shop("GET", response.headers["Location"]).json == response.json
+
+
+# ---------------------------------------------------------------------------------------- ledger
+
+
+def movements_of(shop, product_id, query=""):
+    response = shop("GET", f"/products/{product_id}/stock/{query}")
+    return response.json["movements"]
+
+
+def steps_of(shop, product_id=1):
+    """What each movement of a product was: change, stock, order_id, note."""
+    movements = movements_of(shop, product_id, "?limit=1000")
+    assert [movement["id"] for movement in movements] == [*range(1, len(movements) + 1)]
+    assert sum(movement["change"] for movement in movements) == shop.stock({"id": product_id})
+    names = ("change", "stock", "order_id", "note")
+    return [tuple(movement[name] for name in names) for movement in movements]
+
+
+def test_every_change_of_a_stock_is_a_movement_that_says_what_was_left(shop, mug):
+    shop.product(stock=0)
+    shop("PATCH", "/products/1/", {"stock": 9})
+    shop("POST", "/products/1/stock/", {"change": -3, "note": "broken ☕"})
+    shop("POST", "/products/2/stock/", {"change": 4})
+    shop.order((2, 1), (1, 2))
+    shop.order((1, 1))
+    shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    shop("PATCH", "/orders/2/", {"status": "completed"})
+    assert steps_of(shop, 1) == [
+        (5, 5, None, ""),
+        (4, 9, None, ""),
+        (-3, 6, None, "broken ☕"),
+        (-2, 4, 1, ""),
+        (-1, 3, 2, ""),
+        (2, 5, 1, ""),
+    ]
+    assert steps_of(shop, 2) == [(4, 4, None, ""), (-1, 3, 1, ""), (1, 4, 1, "")]
+    first = movements_of(shop, 1)[0]
+    assert list(first) == ["id", "change", "stock", "order_id", "note", "created_at"]
+    age = time.time() - calendar.timegm(time.strptime(first["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert -1 < age < 60
+    sale = movements_of(shop, 1)[3]
+    assert sale["created_at"] == shop("GET", "/orders/1/").json["created_at"]
+
+
+def test_what_does_not_change_the_stock_is_no_movement(shop, mug, database):
+    before = steps_of(shop)
+    shop("PATCH", "/products/1/", {"stock": 5})
+    shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
+    shop("POST", "/products/1/stock/", {"change": 0, "note": "counted"})
+    shop("PATCH", "/products/1/", {"stock": 6}, {"If-Match": '"x"'})
+    shop("POST", "/products/1/stock/", {"change": -6})
+    shop("POST", "/products/1/stock/", {"change": 10**9})
+    shop("POST", "/products/1/stock/", {"change": 1, "note": 1})
+    shop.order((1, 6))
+    assert steps_of(shop) == before == [(5, 5, None, "")]
+    assert db.check_integrity(database) == []
+
+
+def test_an_order_that_fails_at_its_last_line_leaves_no_movement(shop, mug):
+    shop.product(stock=1)
+    for last in (2, 2), (7, 1):
+        assert shop.order((1, 2), last).status_int in (409, 422)
+    assert steps_of(shop, 1) == [(5, 5, None, "")]
+    assert steps_of(shop, 2) == [(1, 1, None, "")]
+
+
+def test_a_cancel_that_the_maximum_cuts_short_counts_what_was_put_back(shop, database):
+    for _ in range(2):
+        shop.product()
+    shop.order((1, 4), (2, 4))
+    shop("PATCH", "/products/1/", {"stock": 999_999_999})
+    shop("PATCH", "/products/2/", {"stock": 10**9})
+    assert shop("PATCH", "/orders/1/", {"status": "cancelled"}).status_int == 200
+    assert steps_of(shop, 1)[2:] == [(999_999_998, 999_999_999, None, ""), (1, 10**9, 1, "")]
+    assert steps_of(shop, 2)[2:] == [(999_999_999, 10**9, None, "")]
+    assert db.check_integrity(database) == []
+
+
+def test_the_movements_of_a_deleted_product_go_with_it_and_no_others(shop, mug, database):
+    shop.product()
+    shop.order((1, 1), (2, 1))
+    shop("DELETE", "/products/1/")
+    shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    assert shop("GET", "/products/1/stock/").status_int == 404
+    assert steps_of(shop, 2) == [(5, 5, None, ""), (-1, 4, 1, ""), (1, 5, 1, "")]
+    with connect(database) as connection:
+        rows = connection.execute("SELECT count(*) FROM movement WHERE product_id = 1")
+        assert rows.fetchone() == (0,)
+    assert db.check_integrity(database) == []
+
+
+def test_movements_are_paged_in_both_directions_by_next_and_link(shop, mug):
+    for number in range(1, 7):
+        if number % 2:
+            shop.order((1, 1))
+        else:
+            shop("POST", "/products/1/stock/", {"change": number})
+    for sort, expected in ("id", [1, 2, 3, 4, 5, 6, 7]), ("-id", [7, 6, 5, 4, 3, 2, 1]):
+        pages = []
+        path = f"/products/1/stock/?sort={sort}&limit=3"
+        while path:
+            page = shop("GET", path)
+            pages.append([movement["id"] for movement in page.json["movements"]])
+            path = page.json["next"]
+            assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
+        assert pages == [expected[:3], expected[3:6], expected[6:]]
+
+    def ids_of(query):
+        return [movement["id"] for movement in movements_of(shop, 1, query)]
+
+    assert ids_of("?after=0") == ids_of("") == [1, 2, 3, 4, 5, 6, 7]
+    assert ids_of("?after=5") == [6, 7]
+    assert ids_of("?after=5&sort=-id") == [4, 3, 2, 1]
+    assert ids_of("?after=99") == []
+    assert ids_of("?after=99&sort=-id&limit=2") == [7, 6]
+    assert shop("GET", "/products/1/stock/?limit=7").json["next"] is None
+    for query in "limit=1001", "limit=0", "sort=change", "after=-1", "q=x":
+        errors = errors_of(shop("GET", f"/products/1/stock/?{query}"))
+        assert list(errors) == [query.partition("=")[0]]
+
+
+def test_a_page_of_movements_has_a_hundred_unless_told(shop, mug):
+    for _ in range(100):
+        shop("POST", "/products/1/stock/", {"change": 1})
+    page = shop("GET", "/products/1/stock/").json
+    assert len(page["movements"]) == 100
+    assert len(shop("GET", page["next"]).json["movements"]) == 1
+
+
+@pytest.mark.parametrize("sort", db.MOVEMENT_ORDERS)
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_page_of_movements_is_read_in_the_order_of_its_indexes(shop, mug, database, sort, after):
+    statements = []
+    store = db.Store(database, trace=statements.append)
+    store.list_movements(1, sort=sort, after=after, limit=2)
+    with connect(database) as connection:
+        plan = connection.execute("EXPLAIN QUERY PLAN " + statements[-1]).fetchall()
+    store.close()
+    text = "\n".join(row[3] for row in plan)
+    assert "SEARCH movement USING PRIMARY KEY (product_id=?" in text
+    assert "SEARCH order_line USING INDEX order_line_by_movement (product_id=?" in text
+    # Nothing is sorted: else a page of a product that sells well would read all its sales.
+    assert "SCAN" not in text
+    assert "TEMP B-TREE" not in text
+
+
+def test_movements_need_the_token_that_products_do_not(make_shop):
+    shop = make_shop(admin_token="t")
+    shop("POST", "/products/", {"name": "x", "price": 1, "stock": 2}, bearer("t"))
+    assert shop("GET", "/products/1/").status_int == 200
+    for headers in {}, bearer("wrong"):
+        refused = shop("GET", "/products/1/stock/", None, headers)
+        assert refused.status_int == 401
+        assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+    allowed = shop("GET", "/products/1/stock/", None, bearer("t"))
+    assert [movement["change"] for movement in allowed.json["movements"]] == [2]
+
+
+def test_movements_are_answered_304_until_the_next_one(shop, mug):
+    path = "/products/1/stock/"
+    for change in [
+        lambda: shop.order((1, 1)),
+        lambda: shop("PATCH", "/orders/1/", {"status": "cancelled"}),
+        lambda: shop("POST", path, {"change": 1}),
+    ]:
+        if_none_match = {"If-None-Match": shop("GET", path).headers["ETag"]}
+        assert shop("GET", path, None, if_none_match).status_int == 304
+        change()
+        assert shop("GET", path, None, if_none_match).status_int == 200
+
+
+def test_a_repeat_with_a_key_writes_no_second_movement(shop, mug):
+    key = {"Idempotency-Key": "k"}
+    for _ in range(3):
+        shop("POST", "/products/1/stock/", {"change": 2, "note": "found"}, key)
+        shop.order((1, 1), **{"Idempotency-Key": "order"})
+    again = shop("POST", "/products/1/stock/", {"change": 2, "note": "lost"}, key)
+    assert again.json["type"] == "urn:problem-type:idempotency-key-reused"
+    assert steps_of(shop) == [(5, 5, None, ""), (2, 7, None, "found"), (-1, 6, 1, "")]
+
+
+def test_a_note_is_text_of_up_to_200_characters(shop, mug):
+    path = "/products/1/stock/"
+    shop("POST", path, {"change": 1, "note": "é" * 200})
+    assert steps_of(shop)[-1] == (1, 6, None, "é" * 200)
+    for note in "x" * 201, "a\0b", 5, None, "\ud800":
+        assert list(errors_of(shop("POST", path, {"change": 1, "note": note}))) == ["#/note"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE product SET stock = stock + 1 WHERE id = 2",
+        "UPDATE product SET movements = movements + 1 WHERE id = 2",
+        "DELETE FROM movement WHERE product_id = 2 AND id = 1",
+        "DELETE FROM movement WHERE product_id = 2 AND id = 4",
+        "DELETE FROM movement WHERE product_id = 2 AND id IN (3, 4)",  # together they change 0
+        "DELETE FROM movement WHERE product_id = 2",
+        "UPDATE movement SET change = change + 1 WHERE product_id = 2 AND id = 3",
+        "UPDATE movement SET stock = stock + 1 WHERE product_id = 2 AND id = 3",
+        "UPDATE order_line SET movement_id = NULL WHERE product_id = 2",
+        "UPDATE order_line SET movement_id = 1 WHERE product_id = 2 AND order_id = 1",
+        "UPDATE order_line SET movement_id = 9 WHERE product_id = 2 AND order_id = 2",
+        "UPDATE order_line SET stock = 0 WHERE product_id = 2 AND order_id = 1",
+    ],
+)
+def test_check_names_the_product_whose_ledger_is_off(shop, mug, database, tmp_path, statement):
+    shop.product()
+    shop.order((1, 1), (2, 1))  # movement 2
+    shop("POST", "/products/2/stock/", {"change": 3})
+    shop("POST", "/products/2/stock/", {"change": -3})
+    shop.order((2, 2), (1, 1))  # movement 5
+    assert db.check_integrity(database) == []
+    with connect(database) as connection:
+        assert connection.execute(statement).rowcount > 0
+    result = Server(tmp_path).run("check")
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    assert lines
+    for line in lines:
+        assert re.search(r"\bproduct 2\b", line, re.IGNORECASE), line
+
+
+def test_a_product_from_before_the_ledger_starts_with_its_opening_balance(make_shop, database):
+    make_schema_1(database)
+    with connect(database) as connection:
+        connection.execute("INSERT INTO product VALUES (20, 'sold out', '', 1, 0)")
+    shop = make_shop()
+    assert db.check_integrity(database) == []
+    assert steps_of(shop, 1) == [(3, 3, None, "opening balance")]
+    assert steps_of(shop, 2) == [(7, 7, None, "opening balance")]
+    assert steps_of(shop, 20) == []
+    shop("PATCH", "/orders/1/", {"status": "cancelled"})  # whose lines are from before, too
+    shop.order((1, 4))
+    shop("POST", "/products/20/stock/", {"change": 2})
+    assert steps_of(shop, 1)[1:] == [(2, 5, 1, ""), (-4, 1, 3, "")]
+    assert steps_of(shop, 20) == [(2, 2, None, "")]
+    assert db.check_integrity(database) == []
+
+
+# --------------------------------------------------------------------------- orders that expire
+
+
+def backdate(database, minutes, condition="TRUE"):
+    """Make orders so many minutes older, past the shop."""
+    with connect(database) as connection:
+        connection.execute("PRAGMA busy_timeout = 5000")
+        sql = f"UPDATE orders SET created_at = ? WHERE {condition}"
+        connection.execute(sql, (db.timestamp(minutes * 60),))
+
+
+def place_orders(database, number, lines=1):
+    """Products 1 to `lines` with 10,000 pieces each, and orders of one piece of each."""
+    store = db.Store(database)
+    with store.transaction():
+        for _ in range(lines):
+            store.create_product(name="x", price=100, stock=10_000)
+        for _ in range(number):
+            store.create_order([{"product_id": n + 1, "quantity": 1} for n in range(lines)])
+    store.close()
+
+
+def statuses_in(database):
+    with connect(database) as connection:
+        return [status for (status,) in connection.execute("SELECT status FROM orders ORDER BY id")]
+
+
+def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(tmp_path, database):
+    place_orders(database, 4)
+    backdate(database, 61, "id IN (1, 2)")
+    backdate(database, 58, "id = 3")
+    with connect(database) as connection:
+        connection.execute("UPDATE orders SET status = 'completed' WHERE id = 2")
+    server = Server(tmp_path, ORDER_TIMEOUT="60").start()
+    wait_for(lambda: server("GET", "/orders/1/").json["status"] == "cancelled")
+    statuses = [order["status"] for order in server("GET", "/orders/").json["orders"]]
+    assert statuses == ["cancelled", "completed", "pending", "pending"]
+    assert server("GET", "/products/1/").json["stock"] == 9997
+    last = server("GET", "/products/1/stock/?sort=-id&limit=1").json["movements"][0]
+    assert (last["id"], last["change"], last["stock"], last["order_id"]) == (6, 1, 9997, 1)
+    refused = server("PATCH", "/orders/1/", {"status": "completed"})
+    assert refused.json["type"] == "urn:problem-type:invalid-transition"
+    backdate(database, 61, "id = 3")  # while the shop runs
+    wait_for(lambda: server("GET", "/orders/3/").json["status"] == "cancelled")
+    server.assert_ends_well()
+    assert db.check_integrity(database) == []
+
+
+def test_an_order_may_expire_within_seconds(tmp_path, database):
+    server = Server(tmp_path, ORDER_TIMEOUT="0.001").start()
+    server.product(stock=3)
+    server.order(quantity=2)
+    wait_for(lambda: server("GET", "/products/1/").json["stock"] == 3)
+    assert server("GET", "/orders/1/").json["status"] == "cancelled"
+    server.assert_ends_well()
+
+
+def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(tmp_path, database):
+    place_orders(database, 500, 20)
+    backdate(database, 2)
+    server = Server(tmp_path, ORDER_TIMEOUT="1").start()
+    seconds = []
+    while "pending" in statuses_in(database):
+        seconds += time_health(server, 1)
+        assert sum(seconds) < 20
+    assert len(seconds) > 5
+    assert max(seconds) < 0.5
+    assert server("GET", "/products/20/").json["stock"] == 10_000
+    server.assert_ends_well()
+    assert db.check_integrity(database) == []
+
+
+def test_the_command_expire_cancels_what_is_due_and_says_how_many(tmp_path, database):
+    place_orders(database, 25)
+    backdate(database, 2, "id < 24")
+    server = Server(tmp_path, ORDER_TIMEOUT="1.5")
+    for number in 23, 0:
+        result = server.run("expire")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == f"{number} orders cancelled\n"
+    assert statuses_in(database) == ["cancelled"] * 23 + ["pending"] * 2
+    assert db.check_integrity(database) == []
+
+
+def test_expire_without_a_timeout_is_an_error_and_changes_nothing(tmp_path, database):
+    place_orders(database, 1)
+    backdate(database, 10**6)
+    for settings in {}, {"ORDER_TIMEOUT": ""}:
+        result = Server(tmp_path, **settings).run("expire")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr == "shop: ORDER_TIMEOUT is not set: no order expires.\n"
+    assert statuses_in(database) == ["pending"]
+
+
+NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 9999999999"
+
+
+@pytest.mark.parametrize("value", NO_MINUTES.split())
+@pytest.mark.parametrize("arguments, status", [([], 2), (["expire"], 1)])
+def test_a_timeout_that_is_no_number_of_minutes_is_refused(
+    tmp_path, monkeypatch, capsys, value, arguments, status
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORDER_TIMEOUT", value)
+    assert shop_module.main(arguments) == status
+    reason = f"ORDER_TIMEOUT must be a number of minutes above 0, not '{value}'."
+    assert capsys.readouterr() == ("", f"shop: {reason}\n")
+
+
+def test_a_timeout_of_centuries_cancels_nothing(tmp_path, database):
+    place_orders(database, 1)
+    for minutes in "99999999", "700000000", "999999999":
+        Server(tmp_path, ORDER_TIMEOUT=minutes).run("expire")
+        assert statuses_in(database) == ["pending"], minutes
+
+
+def test_a_read_only_shop_expires_no_order(tmp_path, database):
+    place_orders(database, 1)
+    backdate(database, 2)
+    server = Server(tmp_path, ORDER_TIMEOUT="1", READ_ONLY="true").start()
+    for _ in range(20):  # each turn of the loop would cancel it
+        assert server("GET", "/orders/1/").json["status"] == "pending"
+    result = server.run("expire")
+    assert result.returncode == 1
+    assert re.fullmatch(r"shop: [^\n]*read-only[^\n]*\n", result.stderr)
+    server.assert_ends_well()
+    assert statuses_in(database) == ["pending"]
+
+
+def test_of_completing_and_expiring_one_order_exactly_one_wins(database):
+    place_orders(database, 120)
+    backdate(database, 2)
+    stores = [db.Store(database, lock_timeout=30) for _ in range(2)]  # as in two processes
+
+    def complete(store, n):
+        completed = set()
+        for order_id in range(n, 121, 2):
+            with contextlib.suppress(db.InvalidTransition):
+                store.update_order(order_id, "completed")
+                completed.add(order_id)
+        return completed
+
+    def expire(store):
+        cancelled = 0
+        while store.has_expired_orders(1):
+            cancelled += store.expire_orders(1, limit=2)
+        return cancelled
+
+    def work(n):
+        store = stores[n % 2]
+        return complete(store, n - 1) if n in (2, 3) else expire(store)
+
+    results = at_once(6, work)
+    completed = results[2] | results[3]
+    cancelled = results[0] + results[1] + results[4] + results[5]
+    assert len(completed) + cancelled == 120
+    expected = ["completed" if n in completed else "cancelled" for n in range(1, 121)]
+    assert statuses_in(database) == expected
+    assert stores[0].get_product(1)["stock"] == 10_000 - len(completed)
+    for store in stores:
+        store.close()
+    assert db.check_integrity(database) == []
+
+
+def test_many_cancels_of_one_order_are_one_movement(shop, mug, database):
+    shop.order((1, 3))
+    backdate(database, 2)
+    other = db.Store(database)
+
+    def cancel(n):
+        if n % 3 == 0:
+            return other.expire_orders(1)
+        client = Client(shop.app.app)
+        return client("PATCH", "/orders/1/", {"status": "cancelled"}).status_int
+
+    results = at_once(12, cancel)
+    assert set(results) <= {200, 0, 1}
+    assert results.count(1) <= 1
+    assert steps_of(shop) == [(5, 5, None, ""), (-3, 2, 1, ""), (3, 5, 1, "")]
+    other.close()
+
+
+# -------------------------------------------------------------------------------- spreadsheets
+
+
+@pytest.fixture
+def command(tmp_path, url, monkeypatch, capsys):
+    """Runs a command beside the shop: its status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = shop_module.main(list(arguments))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def import_csv(tmp_path, command):
+    """Imports a text, or bytes, as a file in.csv."""
+
+    def run(data, *options):
+        data = data if isinstance(data, bytes) else data.encode()
+        (tmp_path / "in.csv").write_bytes(data)
+        return command("import", "in.csv", *options)
+
+    return run
+
+
+def imported(added, changed):
+    return 0, f"in.csv: {added} products added, {changed} changed\n", ""
+
+
+def refused(*lines):
+    errors = "".join(f"shop: in.csv, {line}\n" for line in lines)
+    return 1, "", f"{errors}shop: nothing has been imported.\n"
+
+
+def products_of(shop):
+    return shop("GET", "/products/").json["products"]
+
+
+def rows_of(shop):
+    return [tuple(product.values()) for product in products_of(shop)]
+
+
+ODD_TEXTS = [
+    'a "quote", and a comma',
+    "two\nlines",
+    "two\r\nlines, of Windows",
+    "of an\rold Mac",
+    " blanks around ",
+    "=1+1",
+    "'",
+    '"',
+    "é ☕ 😀 \u2028 \x85 \x0b \x1c",
+    "\ufeffx",
+    "null",
+    "0",
+]
+
+
+def test_what_was_exported_is_imported_as_it_was(shop, make_shop, command, tmp_path, database):
+    for number, text in enumerate(ODD_TEXTS):
+        shop.product(name=text, description=text, price=number / 100, stock=number)
+    shop.product(name="x" * 200, description="y" * 10_000, price=1_000_000, stock=10**9)
+    shop("DELETE", "/products/3/")
+    before = products_of(shop)
+    steps = steps_of(shop, 5)
+    assert command("export", "out.csv") == (0, "", "")
+    number = len(before)
+    assert command("import", "out.csv", "--stock") == (
+        (0, f"out.csv: 0 products added, {number} changed\n", "")
+    )
+    assert products_of(shop) == before
+    assert steps_of(shop, 5) == steps
+    assert command("export", "again.csv") == (0, "", "")
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "out.csv").read_bytes()
+    # Without its ids, it fills a new shop.
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["id", "name", "description", "price", "stock"]
+    with (tmp_path / "in.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(row[1:] for row in rows)
+    other = make_shop(f"sqlite:///{tmp_path}/other.sqlite3")
+    result = Server(tmp_path, DATABASE_URL="sqlite:///other.sqlite3").run("import", "in.csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [row[1:] for row in rows_of(other)] == [row[1:] for row in rows_of(shop)]
+    assert db.check_integrity(database) == []
+
+
+def test_import_and_export_are_utf_8_whatever_the_terminal_is(shop, tmp_path):
+    shop.product(name="Café ☕")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "in.csv").write_text("name,price\nTee 🍵,1\n", encoding="utf-8")
+    server = Server(tmp_path, **ascii_only)
+    result = server.run("import", "in.csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert run_with_input(server, b"", "export") == (
+        0,
+        "id,name,description,price,stock\n1,Café ☕,,9.99,5\n2,Tee 🍵,,1.00,0\n",
+        "",
+    )
+
+
+def run_with_input(server, data, *arguments):
+    """Run it to its end on some input: status, output with bare LF, and errors."""
+    result = subprocess.run(
+        [sys.executable, HERE / "shop.py", *arguments],
+        cwd=server.folder,
+        env=server.environment(),
+        input=data,
+        capture_output=True,
+        timeout=30,
+    )
+    output = result.stdout.decode().replace("\r\n", "\n")
+    return result.returncode, output, result.stderr.decode()
+
+
+def test_import_reads_standard_input_and_export_writes_standard_output(tmp_path):
+    server = Server(tmp_path)
+    data = b'name,price,stock\n"Mug, blue",9.99,3\n'
+    expected = (0, "-: 1 products added, 0 changed\n", "")
+    assert run_with_input(server, data, "import", "-") == expected
+    expected = 'id,name,description,price,stock\n1,"Mug, blue",,9.99,3\n'
+    assert run_with_input(server, b"", "export") == (0, expected, "")
+
+
+def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, database):
+    write_rows(tmp_path / "in.csv", 3000)
+    assert Server(tmp_path).run("import", "in.csv").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, HERE / "shop.py", "export"],
+        cwd=tmp_path,
+        env=Server(tmp_path).environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.read(2) == b"id"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(10) == 1
+
+
+def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(shop, tmp_path, command):
+    shop.product()
+    for file in "none/out.csv", ".":
+        status, output, errors = command("export", file)
+        assert (status, output) == (1, "")
+        assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
+    assert not [path for path in tmp_path.rglob("*") if ".partial-" in path.name]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, HERE / "shop.py", "export"],
+            cwd=tmp_path,
+            env=Server(tmp_path).environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "shop: standard output: No space left on device.\n"
+
+
+def test_import_adds_rows_without_an_id_and_changes_those_with_one(shop, mug, import_csv):
+    text = "id,name,description,price,stock\n,Tea,green,4.5,7\n1,Cup,,8,99\n,Jam,,3,\n"
+    assert import_csv(text) == imported(2, 1)
+    assert rows_of(shop) == [
+        (1, "Cup", "", 8, 5),
+        (2, "Tea", "green", 4.5, 7),
+        (3, "Jam", "", 3, 0),
+    ]
+    assert steps_of(shop, 1) == [(5, 5, None, "")]
+    assert steps_of(shop, 2) == [(7, 7, None, "import")]
+    assert find_ids(shop, "green") == [2]
+    assert find_ids(shop, "cup") == [1]
+
+
+def test_import_sets_the_stock_of_products_that_there_are_only_with_stock(shop, import_csv):
+    for _ in range(2):
+        shop.product()
+    text = "id,stock,name,price\n1,3,Cup,1\n2,5,Cup,1\n,4,Tea,1\n"
+    assert import_csv(text) == imported(1, 2)
+    assert [row[4] for row in rows_of(shop)] == [5, 5, 4]
+    assert import_csv(text, "--stock") == imported(1, 2)
+    assert [row[4] for row in rows_of(shop)] == [3, 5, 4, 4]
+    assert steps_of(shop, 1) == [(5, 5, None, ""), (-2, 3, None, "import")]
+    assert steps_of(shop, 2) == [(5, 5, None, "")]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("price,id\n2.50,1\n", (1, "Mug", "Blue", 2.5, 5)),
+        ("description,id\n,1\n", (1, "Mug", "", 9.99, 5)),
+        ("id,name\n1,Cup\n", (1, "Cup", "Blue", 9.99, 5)),
+        ("\ufeffid,name\n1,Cup\n", (1, "Cup", "Blue", 9.99, 5)),
+        ("id,name\r\n1,Cup\r\n", (1, "Cup", "Blue", 9.99, 5)),
+        ("id,name\n\n1,Cup\n\n", (1, "Cup", "Blue", 9.99, 5)),
+        ("id,name\n1,Cup", (1, "Cup", "Blue", 9.99, 5)),
+        ('"id","name"\n"1","a ""b"", c"\n', (1, 'a "b", c', "Blue", 9.99, 5)),
+        ('name,id\n"two\nlines",1\n', (1, "two\nlines", "Blue", 9.99, 5)),
+        ('name,id\n"two\r\nlines",1\r\n', (1, "two\r\nlines", "Blue", 9.99, 5)),
+    ],
+)
+def test_import_reads_columns_in_any_order_and_what_spreadsheets_write(
+    shop, import_csv, text, expected
+):
+    shop.product(description="Blue")
+    assert import_csv(text) == imported(0, 1)
+    assert rows_of(shop) == [expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "Mug,9.99\n",
+        "id,name,colour\n1,x,red\n",
+        "id,Name,price\n1,x,1\n",
+        "name;price\nx;1\n",
+        "name,name,price\nx,y,1\n",
+        "name,price,\nx,1,\n",
+        "name,price\n1,x\n".encode("utf-16"),
+    ],
+)
+def test_a_file_without_the_header_line_is_refused(shop, mug, import_csv, text):
+    before = rows_of(shop)
+    status, output, errors = import_csv(text)
+    assert (status, output) == (1, "")
+    columns = "id,name,description,price,stock"
+    assert f"shop: in.csv, line 1: the header must name columns out of {columns}" in errors
+    assert errors.endswith("\nshop: nothing has been imported.\n")
+    assert errors.count("\n") == 2
+    assert rows_of(shop) == before
+
+
+def test_every_faulty_line_is_told_by_its_number_and_nothing_is_imported(shop, mug, import_csv):
+    before = rows_of(shop)
+    text = (
+        "id,name,description,price,stock\n"
+        ',"fine","on\nthree\r\nlines",1,1\n'  # lines 2 to 4
+        "\n"
+        "1,fine,,1,1\n"
+        '7,"two\nlines",,1,1\n'  # lines 7 and 8
+        "1,twice,,1,1\n"
+        "x,,,1,1\n"
+        "1_0,a,,1,1\n"
+        ",a,,-1,x\n"
+        ",a,b\n"
+        '"00",a,,1,1\n'
+    )
+    no_product = "is no product, or stands in the file twice."
+    assert import_csv(text) == refused(
+        f"line 7: id '7' {no_product}",
+        f"line 9: id '1' {no_product}",
+        f"line 10: id 'x' {no_product}",
+        "line 10: name must be 1 to 200 characters long, not 0.",
+        f"line 11: id '1_0' {no_product}",
+        "line 12: price must be 0 to 1000000.",
+        "line 12: stock must be an integer.",
+        "line 13: there are 3 cells, the header has 5.",
+        f"line 14: id '00' {no_product}",
+    )
+    assert rows_of(shop) == before
+
+
+def test_a_new_row_needs_a_name_and_a_price(shop, mug, import_csv):
+    assert import_csv("name\nx\n") == refused("line 2: price is required.")
+    assert import_csv("price\n1\n") == refused("line 2: name is required.")
+    assert import_csv("name,price\nx,\n") == refused("line 2: price must be a number.")
+    assert import_csv("id,name\n1,x\n,y\n") == refused("line 3: price is required.")
+    assert rows_of(shop) == [(1, "Mug", "", 9.99, 5)]
+
+
+IMPORTED_CELLS = {
+    "name": ["", " ", "\u2003", "x" * 201, "a\0b"],
+    "description": ["y" * 10_001, "\0"],
+    "price": ["-0.01", "9.999", "1000000.01", "x", "9,99", "", "NaN", "1_0", "٣", " 1", "\0"],
+    "stock": ["-1", "1000000001", "1.5", "x", "NaN", "9" * 5000],
+}
+
+
+def test_the_rules_of_an_import_and_its_messages_are_those_of_the_api(shop, import_csv):
+    rows = [["name", "description", "price", "stock"]]
+    expected = []
+    for field, cells in IMPORTED_CELLS.items():
+        for cell in cells:
+            row = {"name": "x", "description": "", "price": "1", "stock": "1", field: cell}
+            rows.append(list(row.values()))
+            body = {"name": "x", "price": 1, field: cell}
+            if re.fullmatch(r"-?[0-9.]{1,20}", cell):
+                body[field] = json.loads(cell)
+            elif re.fullmatch("9+", cell):
+                body[field] = 10**30
+            [detail] = errors_of(shop("POST", "/products/", body)).values()
+            expected.append(f"line {len(rows)}: {detail}")
+    text = io.StringIO()
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows(rows)
+    assert import_csv(text.getvalue()) == refused(*expected)
+    assert products_of(shop) == []
+
+
+def test_bytes_that_are_not_utf_8_are_refused_by_their_line(shop, import_csv):
+    data = "name,price\nTea,1\nCafé,1\nJam,1\nÄpfel,1\n".encode("latin-1")
+    status, output, errors = import_csv(data)
+    assert (status, output) == (1, "")
+    assert re.findall("line ([0-9]+): name", errors) == ["3", "5"]
+    assert products_of(shop) == []
+
+
+def test_a_cell_without_end_is_refused_by_the_line_it_begins_in(shop, import_csv):
+    for text, lines in [
+        ("name,price,description\n,1,x\na,1,{}\n".format("y" * 131_073), ["2", "3"]),
+        ('name,price,description\n,1,x\na,1,"{}"\n'.format("y\n" * 70_000), ["2", "3"]),
+        # A quote that nobody has closed, or it would swallow the rows that follow.
+        ('name,price,description\n,1,x\na,1,"y\nb,1,z\n', ["2", "3"]),
+    ]:
+        status, output, errors = import_csv(text)
+        assert (status, output) == (1, "")
+        assert re.findall("line ([0-9]+): ", errors) == lines
+        assert products_of(shop) == []
+
+
+def test_a_stocktake_without_its_option_is_told_what_is_missing(shop, mug, import_csv):
+    for text in "id,stock\n1,3\n", "id\n1\n":
+        reason = "there is nothing to change: a stock is only set with --stock."
+        assert import_csv(text) == refused(f"line 2: {reason}")
+    assert steps_of(shop) == [(5, 5, None, "")]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(command):
+    for file in "none.csv", ".":
+        status, output, errors = command("import", file)
+        assert (status, output) == (1, "")
+        assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
+
+
+def test_the_sample_catalogue_of_the_readme_can_be_pasted_and_sells(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    sample = re.search(r"shop\.py import - <<\s*'?(\w+)'?\n(.*?\n)(?:> )?\1\n", readme, re.DOTALL)
+    server = Server(tmp_path)
+    text = sample[2].replace("\n> ", "\n").removeprefix("> ")
+    status, output, errors = run_with_input(server, text.encode(), "import", "-")
+    assert (status, errors) == (0, "")
+    added = int(re.fullmatch("-: ([0-9]+) products added, 0 changed\n", output)[1])
+    assert 9 <= added <= 10
+    server.start()
+    products = server("GET", "/products/?available=true").json["products"]
+    assert server.order(products[0]["id"]).status == 201
+    server.assert_ends_well()
+
+
+@contextlib.contextmanager
+def selling(shop, products=3):
+    """Four threads that order one piece each until the block ends; gives the ids of the orders."""
+    stop = threading.Event()
+    orders = []
+
+    def buy(n):
+        client = Client(shop.app.app)
+        while not stop.is_set():
+            response = client.order((1 + n % products, 1))
+            assert response.status_int == 201
+            orders.append(response.json["id"])
+
+    threads = start_threads(4, buy)
+    try:
+        wait_for(lambda: len(orders) > 20)
+        yield orders
+        so_far = len(orders)
+        wait_for(lambda: len(orders) > so_far + 20)
+    finally:
+        stop.set()
+        join_all(threads)
+
+
+def test_an_import_loses_nothing_that_is_sold_meanwhile(shop, import_csv, database):
+    for _ in range(3):
+        shop.product(stock=100_000)
+    rows = "".join(f"{n},Cup {n},5,7\n" for n in (1, 2, 3)) + ",new,1,1\n" * 300
+    with selling(shop) as orders:
+        for number in range(3):
+            assert import_csv("id,name,price,stock\n" + rows) == imported(300, 3), number
+    sold = 300_000 - sum(shop.stock({"id": n}) for n in (1, 2, 3))
+    assert sold == len(orders)
+    assert shop("GET", "/products/1/").json["name"] == "Cup 1"
+    assert db.check_integrity(database) == []
+
+
+def test_a_stocktake_counts_exactly_what_is_sold_before_and_after_it(shop, import_csv, database):
+    for _ in range(3):
+        shop.product(stock=100_000)
+    rows = "".join(f"{n},{50_000 + n}\n" for n in (1, 2, 3))
+    with selling(shop) as orders:
+        assert import_csv("id,stock\n" + rows, "--stock") == imported(0, 3)
+    sold = []
+    for number in 1, 2, 3:
+        with connect(database) as connection:
+            movements = connection.execute(
+                "SELECT change, stock, order_id, note FROM every_movement WHERE product_id = ? "
+                "ORDER BY id",
+                (number,),
+            ).fetchall()
+        notes = [note for *_, note in movements]
+        place = notes.index("import")
+        later = [order_id for *_, order_id, _ in movements[place + 1 :]]
+        assert place > 1
+        assert len(later) > 1
+        assert movements[place][1] == 50_000 + number
+        assert shop.stock({"id": number}) == 50_000 + number - len(later)
+        sold += [order_id for *_, order_id, _ in movements if order_id]
+    assert sorted(sold) == sorted(orders)
+    assert db.check_integrity(database) == []
+
+
+def write_rows(path, number, size=100):
+    with path.open("w") as file:
+        file.write("name,description,price,stock\n")
+        for row in range(number):
+            file.write(f'Product {row},"{"y" * size}, and more",{row % 1000}.25,{row % 100}\n')
+
+
+def test_five_thousand_rows_are_imported_in_a_moment(tmp_path, database):
+    write_rows(tmp_path / "in.csv", 5000)
+    started = time.monotonic()
+    result = Server(tmp_path).run("import", "in.csv")
+    assert time.monotonic() - started < 5
+    assert result.stdout == "in.csv: 5000 products added, 0 changed\n"
+    assert db.check_integrity(database) == []
+
+
+def test_an_import_that_is_killed_leaves_all_or_nothing(tmp_path, database):
+    place_orders(database, 1)
+    write_rows(tmp_path / "in.csv", 5000, 2000)
+    server = Server(tmp_path)
+    wal = database.with_name("db.sqlite3-wal")
+    process = subprocess.Popen(
+        [sys.executable, HERE / "shop.py", "import", "in.csv"],
+        cwd=tmp_path,
+        env=server.environment(),
+        stdout=subprocess.PIPE,
+    )
+    # SQLite writes into the WAL before the end of a transaction that is larger than its cache.
+    wait_for(lambda: (wal.exists() and wal.stat().st_size > 10**6) or process.poll() is not None)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    with connect(database) as connection:
+        [number] = connection.execute("SELECT count(*) FROM product").fetchone()
+    assert number in (1, 5001)
+    assert server.run("import", "in.csv").stdout == "in.csv: 5000 products added, 0 changed\n"
+
+
+# --------------------------------------------------------------------------- a model of the shop
+
+
+class Model:
+    """What the shop must make of the writes of one thread: each returns the status due."""
+
+    def __init__(self):
+        self.changes = {}  # of the stock of each product that there is
+        self.orders = {}  # id: [status, {product_id: quantity}]
+
+    def stock(self, product):
+        return sum(self.changes[product])
+
+    def move(self, product, change, least=0):
+        """Change a stock, if that is possible."""
+        if not least <= self.stock(product) + change <= db.MAX_STOCK:
+            return 409 if change < 0 else 422
+        self.changes[product] += [change] if change else []
+        return 200
+
+    def order(self, lines):
+        if not lines.keys() <= self.changes.keys():
+            return 422
+        if any(self.stock(product) < quantity for product, quantity in lines.items()):
+            return 409
+        for product, quantity in lines.items():
+            self.move(product, -quantity)
+        return 201
+
+    def update_order(self, order_id, status):
+        order = self.orders[order_id]
+        if order[0] not in ("pending", status):
+            return 409
+        for product in order[1].keys() & self.changes.keys() if order[0] != status else ():
+            if status == "cancelled":
+                room = db.MAX_STOCK - self.stock(product)
+                self.move(product, min(order[1][product], room))
+        order[0] = status
+        return 200
+
+
+class Player:
+    """A thread that writes at random, and its model.
+
+    Each has products and orders of its own, so that its model is exact: what the threads share is
+    the database, its ids and the Store.
+    """
+
+    def __init__(self, app, number):
+        self.client = Client(app)
+        self.dice = random.Random(number)
+        self.number = number
+        self.model = Model()
+        self.deleted = set()
+        self.sent = 0
+        self.create_product()
+
+    def send(self, method, path, body, due, headers=None):
+        """Send a write that must get the status that is due; a POST sometimes with a key, and
+        then sometimes again.
+        """
+        self.sent += 1
+        headers = dict(headers or {})
+        key = f"{self.number}-{self.sent}"
+        if method == "POST" and self.dice.random() < 0.3:
+            headers["Idempotency-Key"] = key
+        response = self.client(method, path, body, headers)
+        assert response.status_int == due, (method, path, body, headers, response)
+        if "Idempotency-Key" in headers and due < 300 and self.dice.random() < 0.5:
+            again = self.client(method, path, body, headers)
+            assert again.body == response.body
+            assert again.headers["Idempotent-Replayed"] == "true"
+            other = self.client(method, path, {**body, "x": 1}, headers)
+            assert other.status_int == 422
+        return response
+
+    def product(self):
+        return self.dice.choice([*self.model.changes, *self.deleted])
+
+    def if_match(self, product):
+        """No condition, one that holds, or one that does not; and whether it lets a write pass."""
+        kind = self.dice.randrange(4)
+        if kind == 0 and product in self.model.changes:
+            etag = self.client("GET", f"/products/{product}/").headers["ETag"]
+            return {"If-Match": etag}, True
+        return ({"If-Match": '"stale"'}, False) if kind == 1 else ({}, True)
+
+    def create_product(self):
+        stock = self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])
+        if self.sent and self.dice.random() < 0.3:
+            self.send("POST", "/products/", {"name": "", "price": 1, "stock": stock}, 422)
+            return
+        body = {"name": "x", "price": 0.1, "stock": stock}
+        product = self.send("POST", "/products/", body, 201).json["id"]
+        self.model.changes[product] = [stock] if stock else []
+
+    def write_product(self, method, path, body, act):
+        """A write to a product under a condition; act() is what the model makes of it."""
+        product = self.product()
+        headers, passes = self.if_match(product)
+        due = 404 if product not in self.model.changes else 412
+        if due == 412 and passes:
+            due = act(product)
+        self.send(method, path.format(product), body, due, headers)
+        return product, due
+
+    def update_product(self):
+        stock = self.dice.choice([0, 20, 20, db.MAX_STOCK])
+
+        def act(product):
+            return self.model.move(product, stock - self.model.stock(product))
+
+        body = {"stock": stock, "price": self.dice.randrange(100)}
+        self.write_product("PATCH", "/products/{}/", body, act)
+        self.send("PATCH", f"/products/{self.product()}/", {"stock": -1}, 422)
+
+    def update_stock(self):
+        change = self.dice.choice([-(10**8), -9, -1, 0, 4, 12])
+        body = {"change": change, "note": "counted"}
+        self.write_product(
+            "POST", "/products/{}/stock/", body, lambda product: self.model.move(product, change)
+        )
+
+    def delete_product(self):
+        if self.dice.random() < 0.2:
+            product, due = self.write_product("DELETE", "/products/{}/", None, lambda product: 204)
+            if due == 204:
+                del self.model.changes[product]
+                self.deleted.add(product)
+        if not self.model.changes:
+            self.create_product()
+
+    def create_order(self):
+        lines = {self.product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))}
+        body = order_of(*lines.items()) | {"reference": str(self.number)}
+        if self.dice.random() < 0.1:
+            body["products"][0]["quantity"] = 0
+            self.send("POST", "/orders/", body, 422)
+            return
+        response = self.send("POST", "/orders/", body, self.model.order(lines))
+        if response.status_int == 201:
+            self.model.orders[response.json["id"]] = ["pending", lines]
+
+    def update_order(self):
+        if self.model.orders:
+            order_id = self.dice.choice([*self.model.orders][-5:])
+            path = f"/orders/{order_id}/"
+            if self.dice.random() < 0.2:
+                headers = {"If-Match": '"stale"'}
+                self.send("PATCH", path, {"status": "cancelled"}, 412, headers)
+            status = self.dice.choice(["completed", "cancelled", "cancelled"])
+            due = self.model.update_order(order_id, status)
+            self.send("PATCH", path, {"status": status}, due)
+            self.send("PATCH", path, {"status": "pending"}, 422)
+
+    def play(self, turns):
+        moves = [self.create_product, self.update_product, self.update_stock, self.delete_product]
+        moves += [self.create_order, self.update_order] * 3
+        for _ in range(turns):
+            self.dice.choice(moves)()
+
+
+def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop, database):
+    players = [Player(shop.app.app, number) for number in range(6)]
+    at_once(6, lambda n: players[n].play(350))
+    assert sum(player.sent for player in players) > 2000
+    number_of_orders = 0
+    for player in players:
+        model = player.model
+        for product, changes in model.changes.items():
+            steps = steps_of(shop, product)
+            assert [change for change, *_ in steps] == changes
+            assert shop.stock({"id": product}) == sum(changes)
+        for product in player.deleted:
+            assert shop("GET", f"/products/{product}/stock/").status_int == 404
+        for order_id, (status, lines) in model.orders.items():
+            order = shop("GET", f"/orders/{order_id}/").json
+            quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
+            assert (order["status"], quantities) == (status, lines)
+        number_of_orders += len(model.orders)
+    with connect(database) as connection:
+        counts = connection.execute("""
+            SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM product),
+                   (SELECT sum(stock) FROM product)
+        """).fetchone()
+    products = [changes for player in players for changes in player.model.changes.values()]
+    assert counts == (number_of_orders, len(products), sum(map(sum, products)))
+    assert db.check_integrity(database) == []
