@@ -9,7 +9,8 @@ PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: the file is ours
 PRAGMA user_version = 5;             -- SCHEMA_VERSION
 
 
--- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes it.
+-- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes
+-- it.
 CREATE TABLE IF NOT EXISTS product (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200 AND instr(name, char(0)) = 0),
@@ -18,10 +19,10 @@ CREATE TABLE IF NOT EXISTS product (
     price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),              -- cents
     stock       INTEGER NOT NULL DEFAULT 0 CHECK (stock BETWEEN 0 AND 1000000000),   -- pieces
     movements   INTEGER NOT NULL DEFAULT 0 CHECK (movements >= 0),     -- of the stock, see below
-    CHECK (trim(name, char(9, 10, 11, 12, 13, 32, 133, 160, 5760, 8192, 8193, 8194, 8195, 8196, 8197,
-                           8198, 8199, 8200, 8201, 8202, 8232, 8233, 8239, 8287, 12288)) <> '')
+    CHECK (trim(name, char(9, 10, 11, 12, 13, 32, 133, 160, 5760, 8192, 8193, 8194, 8195, 8196,
+                           8197, 8198, 8199, 8200, 8201, 8202, 8232, 8233, 8239, 8287, 12288))
+           <> '')
 ) STRICT;
-
 
 -- Pages by price: a product's id stands in an index by itself, ascending in both directions.
 CREATE INDEX IF NOT EXISTS product_by_price ON product (price);
@@ -66,14 +67,14 @@ CREATE INDEX IF NOT EXISTS orders_pending_by_time ON orders (created_at) WHERE s
 -- product may be deleted, so product_id refers to nothing. The key keeps an order's lines together
 -- and each product once.
 CREATE TABLE IF NOT EXISTS order_line (
-    order_id   INTEGER NOT NULL REFERENCES orders (id),
-    product_id INTEGER NOT NULL CHECK (product_id > 0),
-    position   INTEGER NOT NULL CHECK (position BETWEEN 0 AND 99),                   -- in the request
-    name       TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
-    price      INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),               -- cents for one
-    quantity   INTEGER NOT NULL CHECK (quantity BETWEEN 1 AND 100000),
-    stock      INTEGER CHECK (stock >= 0),      -- that was left; NULL from before the ledger
-    movement_id INTEGER CHECK (movement_id > 0),                       -- of the product, likewise
+    order_id    INTEGER NOT NULL REFERENCES orders (id),
+    product_id  INTEGER NOT NULL CHECK (product_id > 0),
+    position    INTEGER NOT NULL CHECK (position BETWEEN 0 AND 99),        -- in the request
+    name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
+    price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),    -- cents for one
+    quantity    INTEGER NOT NULL CHECK (quantity BETWEEN 1 AND 100000),    -- pieces
+    stock       INTEGER CHECK (stock >= 0),             -- left after it; NULL: before the ledger
+    movement_id INTEGER CHECK (movement_id > 0),        -- of the product; NULL likewise
     PRIMARY KEY (order_id, product_id)
 ) STRICT, WITHOUT ROWID;
 
@@ -91,8 +92,9 @@ CREATE TABLE IF NOT EXISTS movement (
     PRIMARY KEY (product_id, id)
 ) STRICT, WITHOUT ROWID;
 
--- A sale is in the ledger by its line alone, with the number of the movement and the stock that was
--- left: one entry of an index a line, some 8 % of an order's CPU. Rows of their own took twice that.
+-- A sale is in the ledger by its line alone, with the number of the movement and the stock that
+-- was left: one entry of an index a line, some 8 % of an order's CPU. Rows of their own took twice
+-- that.
 CREATE INDEX IF NOT EXISTS order_line_by_movement ON order_line (product_id, movement_id)
  WHERE movement_id IS NOT NULL;
 
