@@ -666,9 +666,7 @@ class Store:
         fields: name, price in cents; optional: description, stock in pieces.
         """
         with self.transaction() as connection:
-            return self._save_product(
-                connection, {"id": None, "description": "", "stock": 0, **fields}
-            )
+            return self._save_product(connection, {**PRODUCT_DEFAULTS, **fields})
 
     def update_product(
         self, product_id: int, *, if_match: Precondition = None, **fields: Any
@@ -839,7 +837,7 @@ class Store:
         if last + len(rows) > MAX_ID:
             raise IdsUsedUp
         products = [
-            {"description": "", "stock": 0, **row, "id": product_id}
+            {**PRODUCT_DEFAULTS, **row, "id": product_id}
             for product_id, row in enumerate(rows, last + 1)
         ]
         connection.executemany(SAVE_PRODUCT, products)
@@ -1179,6 +1177,7 @@ def shortage(product_id: int, requested: int, available: int) -> dict:
     return {"product_id": product_id, "requested": requested, "available": available}
 
 
+PRODUCT_DEFAULTS = {"id": None, "description": "", "stock": 0}
 SAVE_PRODUCT = """
     INSERT INTO product (id, name, description, price, stock)
     VALUES (:id, :name, :description, :price, :stock)

@@ -2153,7 +2153,6 @@ class Channel(waitress.channel.HTTPChannel):
     """
 
     parser_class = RequestParser
-    output_bytes = 0
     lingering_until = 0.0  # a connection that is closed for writing is read until then
     received_at = 0.0  # when the request was complete
 
