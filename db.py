@@ -741,10 +741,7 @@ class Store:
 
         before: what it was; note: why its stock changes.
         """
-        [row] = connection.execute(
-            SAVE_PRODUCT,
-            product,
-        ).fetchall()
+        [row] = connection.execute(SAVE_PRODUCT + " RETURNING *", product).fetchall()
         if row["id"] > MAX_ID:
             raise IdsUsedUp
         texts = ("name", "description")
@@ -1184,7 +1181,6 @@ SAVE_PRODUCT = """
         ON CONFLICT (id) DO UPDATE
        SET name = excluded.name, description = excluded.description,
            price = excluded.price, stock = excluded.stock
-    RETURNING *
 """
 SAVE_SEARCH = """
     INSERT INTO product_search (product_id, sort_name, words)
@@ -1428,7 +1424,8 @@ def check_integrity(path: str | os.PathLike) -> list[str]:
 
 def damaged_pages(connection: sqlite3.Connection) -> list[str]:
     rows = connection.execute("PRAGMA integrity_check").fetchall()
-    return [row["integrity_check"] for row in rows if row["integrity_check"] != "ok"]
+    lines = "\n".join(row["integrity_check"] for row in rows).splitlines()
+    return [line for line in lines if line != "ok"]
 
 
 def missing_references(connection: sqlite3.Connection) -> list[str]:

@@ -67,6 +67,7 @@ VERSION = "1.0.0"
 MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
 MAX_PARAMETERS = 20  # of a query
+MAX_DEPTH = 100  # of a body: json's own limit depends on the Python
 RETRY_AFTER = "1"  # seconds
 
 
@@ -902,18 +903,28 @@ def parse_body(raw: bytes, schema: dict) -> Any:
     """The body as the routes work with it, validated. Raises a Problem."""
     if not raw:
         raise Problem(400, "The body is empty: send a JSON object.")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_too_deep(raw):
+        raise Problem(400, "The body is nested too deep.")
     try:
         value = json_decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Problem(400, f"The body is not UTF-8: see byte {error.start}.") from None
-    except RecursionError:
-        raise Problem(400, "The body is nested too deep.") from None
     except ValueError as error:
         raise Problem(400, f"The body is not JSON: {error}.") from None
     try:
         return compile_schema(schema)(value)
     except ValidationError as error:
         raise invalid_body(error.errors) from None
+
+
+def is_too_deep(raw: bytes) -> bool:
+    """Whether the arrays and objects of a JSON text are nested deeper than MAX_DEPTH."""
+    text = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw, flags=re.DOTALL)
+    steps = (STEPS[byte] for byte in text if byte in STEPS)
+    return any(depth > MAX_DEPTH for depth in itertools.accumulate(steps))
+
+
+STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def refuse_constant(name: str):
