@@ -11,6 +11,7 @@ with, and all share the one that writes.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -167,7 +168,12 @@ def file_id(path: Path) -> tuple | None:
 
 def timestamp(seconds_ago: float = 0) -> str:
     """The UTC time so many seconds ago."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
+    return format_time(int(time.time() - seconds_ago))
+
+
+@functools.lru_cache(maxsize=8)
+def format_time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def etag(row: dict | sqlite3.Row) -> str:
@@ -222,6 +228,7 @@ class Store:
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
         self._writer_thread: int | None = None  # that is inside a transaction
+        self._is_step = False  # inside run_idempotent(), whose savepoint is enough
         self._local = threading.local()  # .reader: a thread's own connection to read with
         self._write_error: Exception | None = None  # of the last write, if it failed
         self._file_id: tuple | None = None  # device and inode of the file that is open
@@ -465,9 +472,11 @@ class Store:
         Commits at its end and rolls back on any exception. Inside a transaction of this thread it
         is a savepoint. Raises as begin() and commit() do.
         """
-        if self._writer_thread == threading.get_ident():
-            return self._savepoint()
-        return self._transaction()
+        if self._writer_thread != threading.get_ident():
+            return self._transaction()
+        if self._is_step:  # all of it is rolled back together
+            return contextlib.nullcontext(self._writer)
+        return self._savepoint()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -1070,7 +1079,11 @@ class Store:
                 raise IdempotencyKeyReused
             if stored:
                 return json.loads(stored["answer"]), True
-            result = action()
+            self._is_step = True
+            try:
+                result = action()
+            finally:
+                self._is_step = False
             self._store_key(connection, key, fingerprint, json.dumps(result))
             # Each new key takes a few expired ones along: they go as fast as they come.
             connection.execute(

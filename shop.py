@@ -729,20 +729,23 @@ class Plugin:
     def respond_once(self, key: str, request_fingerprint: str, action: Callable):
         """The response to the first request with this key, stored with what it did."""
 
+        first: list[bottle.HTTPResponse] = []
+
         def storable() -> tuple:
-            response = action()
-            headers = [response.get_header(name) for name in ("Location", "ETag")]
-            return response.status_code, headers[0], response.body.decode(), headers[1]
+            first.append(action())
+            location, etag = (first[0].get_header(name) for name in ("Location", "ETag"))
+            return first[0].status_code, location, first[0].body.decode(), etag
 
         result, replayed = self.store.run_idempotent(key, request_fingerprint, storable)
+        if not replayed:
+            return first[0]
         status, location, body, *etag = result  # keys from before version 2 have no ETag
         response = json_response(body.encode(), status)
         if location:
             response.set_header("Location", location)
         if any(etag):
             response.set_header("ETag", etag[0])
-        if replayed:
-            response.set_header("Idempotent-Replayed", "true")
+        response.set_header("Idempotent-Replayed", "true")
         return response
 
 
@@ -1855,6 +1858,7 @@ def log_statement(sql: str) -> None:
 # remain sockets and channels; what is overridden says why. The version is pinned, a test watches.
 
 MAX_HEADER = 16 << 10  # bytes of a request's head, and of the trailers of a chunked body
+MAX_CACHED_HEAD = 1 << 10  # bytes
 MAX_EMPTY_LINES = 8  # before a request
 MAX_SIZE_LINE = 256  # bytes of a chunk's size line
 MAX_CACHE = 32 << 20  # bytes of responses
@@ -1890,6 +1894,83 @@ SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*
 SIZE_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?")
 
 
+class Head:
+    """The request line and the fields of a request. Raises a Problem."""
+
+    def __init__(self, head: bytes):
+        if INVALID.search(head):
+            raise Problem(400, "Malformed request: lines must end in CRLF.")
+        line = REQUEST_LINE.match(head)
+        if not line:
+            raise Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
+        self.command = line["method"].decode()
+        self.version = line["version"].decode()
+        self.read_fields(head, line.end())
+        self.read_target(line["target"])
+        self.read_framing()
+        self.read_connection()
+
+    def read_fields(self, head: bytes, start: int) -> None:
+        if not FIELDS.fullmatch(head, start):
+            raise Problem(400, "Malformed header.")
+        headers: dict[str, str] = {}
+        for name, value in FIELD.findall(head, start):
+            if b"_" in name:  # in environ it would pass for the name with a hyphen
+                continue
+            key = name.decode().upper().replace("-", "_")
+            text = value.strip(b" \t").decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        host = headers.get("HOST", "" if self.version == "1.0" else None)
+        if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
+            raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
+        self.headers = headers
+
+    def read_target(self, raw: bytes) -> None:
+        target = raw.decode() if raw.isascii() else quote(raw, safe=string.printable)
+        self.target = target
+        if not target.startswith("/"):
+            target = self.origin_form(target)
+        path, _, self.query = target.partition("?")
+        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
+
+    def origin_form(self, target: str) -> str:
+        if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
+            return target  # RFC 9112, 3.2.3 and 3.2.4: a path of no route
+        absolute = ABSOLUTE.match(target)
+        if not absolute:
+            raise Problem(400, "Malformed request line: the target must start with a slash.")
+        self.headers["HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
+        rest = target[absolute.end() :]
+        return rest if rest.startswith("/") else "/" + rest
+
+    def read_framing(self) -> None:
+        # RFC 9112, 6.1 and 6.3: what could be read in two ways is a way to smuggle requests.
+        length = self.headers.get("CONTENT_LENGTH")
+        coding = self.headers.pop("TRANSFER_ENCODING", None)
+        if coding is not None and (length is not None or self.version == "1.0"):
+            raise Problem(400, "Ambiguous message length.")
+        if coding is not None and coding.lower() != "chunked":
+            raise Problem(400, "The only transfer coding is chunked.")
+        self.is_chunked = coding is not None
+        self.length = 0 if length is None else read_length(length)
+
+    def read_connection(self) -> None:
+        wishes = self.headers.get("CONNECTION", "").lower()
+        self.keeps_connection = "close" not in wishes
+        if self.version == "1.0":
+            self.keeps_connection = "keep-alive" in wishes
+        expectation = self.headers.get("EXPECT")
+        self.expects_continue = False
+        if expectation and self.version == "1.1":  # RFC 9110, 10.1.1
+            if expectation.lower() != "100-continue":
+                raise Problem(417, "The only expectation that can be met is 100-continue.")
+            self.expects_continue = self.is_chunked or self.length > 0
+
+
+# A client sends the same head again and again, but for what a proxy adds to it.
+read_head = functools.lru_cache(maxsize=1024)(Head)
+
+
 class RequestParser:
     """One request as it comes in: what waitress's channel asks of its parser, and no more."""
 
@@ -1899,6 +1980,7 @@ class RequestParser:
     path = ""
     query = ""
     headers_finished = False
+    keeps_connection = False
     expect_continue = False  # the client waits for a 100 before it sends the body
     completed = False
     empty = True  # nothing but empty lines has come
@@ -1957,68 +2039,19 @@ class RequestParser:
             raise Problem(400, "Malformed request: too many empty lines.")
         return head[end:]
 
-    def read_head(self, head: bytes) -> None:
-        if INVALID.search(head):
-            raise Problem(400, "Malformed request: lines must end in CRLF.")
-        line = REQUEST_LINE.match(head)
-        if not line:
-            raise Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
-        self.command = line["method"].decode()
-        self.version = line["version"].decode()
-        self.read_fields(head, line.end())
-        self.read_target(line["target"])
-        self.read_framing()
+    def read_head(self, raw: bytes) -> None:
+        head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
+        self.command = head.command
+        self.version = head.version
+        self.target = head.target
+        self.path = head.path
+        self.query = head.query
+        self.headers = head.headers
+        self.keeps_connection = head.keeps_connection
+        self.length = head.length
+        self.chunks = Chunks(self.body) if head.is_chunked else None
+        self.expect_continue = head.expects_continue
         self.headers_finished = True
-
-    def read_fields(self, head: bytes, start: int) -> None:
-        if not FIELDS.fullmatch(head, start):
-            raise Problem(400, "Malformed header.")
-        headers = self.headers
-        for name, value in FIELD.findall(head, start):
-            if b"_" in name:  # in environ it would pass for the name with a hyphen
-                continue
-            key = name.decode().upper().replace("-", "_")
-            text = value.strip(b" \t").decode("latin-1")
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        host = headers.get("HOST", "" if self.version == "1.0" else None)
-        if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
-            raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
-
-    def read_target(self, raw: bytes) -> None:
-        target = raw.decode() if raw.isascii() else quote(raw, safe=string.printable)
-        self.target = target
-        if not target.startswith("/"):
-            target = self.origin_form(target)
-        path, _, self.query = target.partition("?")
-        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
-
-    def origin_form(self, target: str) -> str:
-        if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
-            return target  # RFC 9112, 3.2.3 and 3.2.4: a path of no route
-        absolute = ABSOLUTE.match(target)
-        if not absolute:
-            raise Problem(400, "Malformed request line: the target must start with a slash.")
-        self.headers["HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
-        rest = target[absolute.end() :]
-        return rest if rest.startswith("/") else "/" + rest
-
-    def read_framing(self) -> None:
-        # RFC 9112, 6.1 and 6.3: what could be read in two ways is a way to smuggle requests.
-        length = self.headers.get("CONTENT_LENGTH")
-        coding = self.headers.pop("TRANSFER_ENCODING", None)
-        if coding is not None:
-            if length is not None or self.version == "1.0":
-                raise Problem(400, "Ambiguous message length.")
-            if coding.lower() != "chunked":
-                raise Problem(400, "The only transfer coding is chunked.")
-            self.chunks = Chunks(self.body)
-        elif length is not None:
-            self.length = read_length(length)
-        expectation = self.headers.get("EXPECT")
-        if expectation and self.version == "1.1":  # RFC 9110, 10.1.1
-            if expectation.lower() != "100-continue":
-                raise Problem(417, "The only expectation that can be met is 100-continue.")
-            self.expect_continue = coding is not None or self.length > 0
 
     def receive_body(self, data: bytes) -> int:
         if self.chunks:
@@ -2032,12 +2065,6 @@ class RequestParser:
         if self.completed:
             self.expect_continue = False
         return taken
-
-    def keeps_connection(self) -> bool:
-        wishes = self.headers.get("CONNECTION", "").lower()
-        if self.version == "1.0":
-            return "keep-alive" in wishes
-        return "close" not in wishes
 
     def close(self) -> None:
         """Nothing is open; waitress calls it."""
@@ -2199,7 +2226,7 @@ class Channel(waitress.channel.HTTPChannel):
         """Queue the response to the first request."""
         request = self.requests.pop(0)
         self.served = (request, response, self.received_at)
-        is_last = request.error or not request.keeps_connection()
+        is_last = request.error or not request.keeps_connection
         if self.server.loop.stopped_at and not self.requests:
             is_last = True
         connection = b"\r\n"
