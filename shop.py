@@ -90,7 +90,7 @@ def body_schema(required: str = "", /, **properties: dict) -> dict:
 # Unicode's White_Space, spelled out because \s means something else in every dialect.
 WHITE_SPACE = r"\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
-ID = {"type": "integer", "minimum": 1, "maximum": 10**18 - 1}
+ID = {"type": "integer", "minimum": 1, "maximum": db.MAX_ID}
 TEXT = {"type": "string", "pattern": r"^[^\u0000]*$", "message": "must be text without NUL"}
 NAME = {
     "type": "string",
@@ -217,7 +217,7 @@ IDEMPOTENCY_KEY_REUSED = problem_schema("idempotency-key-reused", 422)
 KEY = {"type": "string", "pattern": r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$'}
 AFTER = ID | {
     "minimum": 0,
-    "description": "Go on behind the item with this id, in the order asked for; 0: from the start.",
+    "description": "Go on behind the item with this id, in the requested order; 0: from the start.",
 }
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items of a page."}
 NO_QUERY = object_schema()
@@ -308,7 +308,7 @@ def get_health(store):
 
 
 @api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody"))
-def get_openapi(store, secured):
+def get_openapi(secured):
     """Describe this interface as OpenAPI 3.1."""
     return json_response(openapi_document(mount_point(), secured))
 
@@ -529,16 +529,17 @@ class Problem(bottle.HTTPResponse):
         headers: dict | None = None,
         **members,
     ):
+        phrase = PHRASES.get(status, "Error")
         problem = {
             "type": f"urn:problem-type:{kind}" if kind else "about:blank",
-            "title": kind.replace("-", " ").capitalize() if kind else PHRASES[status],
+            "title": kind.replace("-", " ").capitalize() if kind else phrase,
             "status": status,
             "detail": detail,
             **members,
         }
         super().__init__(
             to_json(problem),
-            f"{status} {PHRASES[status]}",
+            f"{status} {phrase}",
             {
                 "Content-Type": "application/problem+json",
                 "Cache-Control": "no-cache",
@@ -621,7 +622,7 @@ def precondition_failed(error: db.PreconditionFailed | None = None) -> Problem:
 
 def internal_error(error: Exception) -> Problem:
     traceback.print_exception(error, file=bottle.request.environ["wsgi.errors"])
-    return Problem(500, "The shop made a mistake. It has been logged.")
+    return Problem(500, "Internal error; it has been logged.")
 
 
 # The one place where an exception becomes a response: by its class, or else by a base of it.
@@ -752,7 +753,7 @@ class Plugin:
 def authorize(environ: dict, tokens: list[str]) -> None:
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     sent = token.strip().encode()
-    known = [hmac.compare_digest(sent, token.encode()) for token in tokens]
+    known = [hmac.compare_digest(sent, valid.encode()) for valid in tokens]
     if scheme.lower() != "bearer" or not any(known):
         raise Problem(
             401,
@@ -951,9 +952,11 @@ def parse_decimal(text: str) -> Decimal:
     try:
         return Decimal(text)
     except decimal.InvalidOperation:
-        # An exponent of twenty digits: more than any schema allows, except of a zero.
-        mantissa = text.lower().partition("e")[0]
-        return Decimal("Infinity" if mantissa.strip("-0.") else 0)
+        # An exponent of twenty digits: more, or finer, than any schema allows; or of a zero.
+        mantissa, _, exponent = text.lower().partition("e")
+        if not mantissa.strip("-0."):
+            return Decimal(0)
+        return Decimal("0.001" if exponent.startswith("-") else "Infinity")
 
 
 json_decode = json.JSONDecoder(
@@ -1097,7 +1100,7 @@ class ValidationError(Exception):
 
 
 def compile_schema(schema: dict) -> Validator:
-    """The validator of a schema, made once."""
+    """The validator of a schema, compiled once."""
     if id(schema) not in VALIDATORS:
         VALIDATORS[id(schema)] = COMPILERS[schema["type"]](schema)
     return VALIDATORS[id(schema)]
@@ -1119,8 +1122,8 @@ def compile_object(schema: dict) -> Validator:
             raise ValidationError("must be an object")
         errors = [((name,), "is required") for name in required if name not in value]
         if not value.keys() <= properties.keys():
-            strangers = (((name,), unknown) for name in value if name not in properties)
-            errors = [*itertools.islice(strangers, MAX_ERRORS), *errors]
+            unknown_errors = (((name,), unknown) for name in value if name not in properties)
+            errors = [*itertools.islice(unknown_errors, MAX_ERRORS), *errors]
         elif len(value) < least:
             raise ValidationError(f"must have at least one of {names}")
         fields = {}
@@ -1171,15 +1174,19 @@ def compile_array(schema: dict) -> Validator:
 
 def find_repeated(items: list, key: str) -> list:
     """Errors for the items whose key an earlier item has."""
-    keys = [item.get(key) for item in items if type(item) is dict]
-    if len(keys) == len(set(map(str, keys))):
-        return []
-    first: dict[str, int] = {}
-    return [
-        ((position,), f"repeats {key} {item[key]}")
+    # 1.0 and 1 are one id, and equal. True equals 1 too, and is none: its type tells.
+    keys = {
+        position: item[key]
         for position, item in enumerate(items)
-        if type(item) is dict and type(item.get(key)) is int
-        if first.setdefault(item[key], position) != position
+        if type(item) is dict and type(item.get(key)) in (int, Decimal)
+    }
+    if len(keys) == len(set(keys.values())):
+        return []
+    first: dict[int | Decimal, int] = {}
+    return [
+        ((position,), f"repeats {key} {value}")
+        for position, value in keys.items()
+        if first.setdefault(value, position) != position
     ]
 
 
@@ -1200,7 +1207,7 @@ def compile_string(schema: dict) -> Validator:
         if not search(value):
             raise ValidationError(schema["message"])
         if not value.isascii() and has_surrogate(value):
-            raise ValidationError("must be Unicode, without unpaired surrogates")
+            raise ValidationError("must be valid UTF-8, without unpaired surrogates")
         return value
 
     return validate
@@ -1260,7 +1267,7 @@ COMPILERS = {
 
 
 # ---------------------------------------------------------------------------------- documentation
-# /openapi.json, and from it the page at /: made of the routes and their schemas.
+# /openapi.json, and from it the page at /: built from the routes and their schemas.
 
 SCHEMAS = {
     "Product": PRODUCT,
@@ -1438,9 +1445,10 @@ def describe_schema(schema: dict, name: str | None = None) -> dict:
 
 def describe_field(schema: dict, name: str) -> dict:
     field = schema["properties"][name]
-    if name in schema["required"] or "minProperties" in schema:
+    has_no_default = name in schema["required"] or "minProperties" in schema
+    if has_no_default and "default" in field:  # only then: a copy would lose its name in SCHEMAS
         field = {key: value for key, value in field.items() if key != "default"}
-    return describe_schema(field if "items" not in field else schema["properties"][name])
+    return describe_schema(field)
 
 
 IN_WORDS = {
@@ -1620,7 +1628,7 @@ input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px soli
 <h4>With curl</h4><pre>curl -X {{verb}}{{token}} <span>http://localhost:8000</span>\
 {{base + path.replace("{product_id}", "1").replace("{order_id}", "1")}}\
 {{body and f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"}}</pre>
-<h4>Answers</h4><table>
+<h4>Responses</h4><table>
 % for status, response in operation["responses"].items():
 <tr><th>{{status}} <td>{{resolve(response)["description"]}}
 <pre>{{show_body(resolve(response))[1]}}</pre>
@@ -2090,7 +2098,7 @@ class Chunks:
         self.missing = 0  # bytes of the chunk, and of the CRLF behind it
         self.in_trailers = False
         self.trailer_limit = MAX_HEADER
-        self.framing = 0
+        self.framing = 0  # bytes of size lines and the CRLF behind each chunk
 
     def received(self, data: bytes) -> int:
         pending = len(self.pending)
@@ -2774,8 +2782,8 @@ usage: python shop.py [serve]                       serve the shop until SIGTERM
 Settings come from the environment, and from a file .env in the working directory:
     DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
     HOST, PORT     where to listen: 127.0.0.1, 8000
-    ADMIN_TOKEN    that Authorization: Bearer must carry, except to read products and to order;
-                   unset: everything is open to everyone
+    ADMIN_TOKEN    that Authorization: Bearer must carry, except to read products and, without
+                   ORDER_TOKEN, to order; unset: everything is open to everyone
     ORDER_TOKEN    that placing an order must carry, or else the admin's; needs ADMIN_TOKEN
     ORDER_TIMEOUT  minutes after which a pending order is cancelled; unset: never
     CORS_ORIGINS   origins of web pages that may call the shop, such as https://shop.example, or *
@@ -2821,7 +2829,8 @@ def main(arguments: list[str]) -> int:
         return fail(f"unknown option {shown(unknown[0])} of {command}; see --help", 2)
     least, most = FILES[command]
     if not least <= len(files) <= most:
-        wanted = f"{least} to {most} files" if least < most else f"{most} files"
+        noun = "file" if most == 1 else "files"
+        wanted = f"{least} to {most} {noun}" if least < most else f"{most} {noun}"
         return fail(f"{command} takes {wanted}, not {len(files)}; see --help", 2)
     return COMMANDS[command](*files, *options)
 
@@ -2968,7 +2977,8 @@ def check_rows(source: TextIO, store: db.Store, with_stock: bool, checked: TextI
             if cells:
                 row, messages = check_row(columns, cells, known, with_stock)
                 errors += [f"line {line}: {message}." for message in messages]
-                checked.write(json_encode(row) + "\n" if not errors else "")
+                if not errors:
+                    checked.write(json_encode(row) + "\n")
             line = reader.line_num + 1
             if number % 10_000 == 0 and sys.stderr.isatty():
                 print(f"\r{number} rows checked", end="\r", file=sys.stderr)
@@ -3042,7 +3052,7 @@ def run_export(file: str | None = None) -> int:
     try:
         database = read_settings(read_environment()).database
         store = db.Store(database, read_only=True)
-        if file is None:
+        if file in (None, "-"):
             with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
                 write_csv(store, target)
         else:

@@ -1226,6 +1226,14 @@ def test_an_order_that_is_short_of_anything_changes_nothing(shop, mug):
     assert shop("GET", "/orders/").json == {"orders": [], "next": None}
 
 
+@pytest.mark.parametrize("first, second", [("1", "1.0"), ("1.0", "1.0"), ("1e0", "1"), ("1", "1")])
+def test_a_product_is_repeated_however_its_id_is_written(shop, mug, first, second):
+    lines = ", ".join(f'{{"product_id": {number}, "quantity": 1}}' for number in (first, second))
+    response = shop("POST", "/orders/", f'{{"products": [{lines}]}}'.encode())
+    assert list(errors_of(response)) == ["#/products/1"]
+    assert shop.stock(mug) == 5
+
+
 def test_an_unknown_product_is_named_by_a_pointer_to_its_line(shop, mug):
     response = shop.order((mug["id"], 1), (77, 1), (10**17, 1))
     assert list(errors_of(response)) == ["#/products/1", "#/products/2"]
