@@ -2341,6 +2341,14 @@ def server(tmp_path):
     assert server.stderr() == ""
 
 
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory):
+    """For raw requests, whose responses do not depend on what the database holds."""
+    server = Server(tmp_path_factory.mktemp("shared")).start()
+    yield server
+    server.assert_ends_well()
+
+
 class Attempt:
     """An order that was sent, and its response where one came."""
 
@@ -2488,8 +2496,8 @@ TITLES = {
 
 
 @pytest.mark.parametrize("request_, status", RAW_REQUESTS)
-def test_whatever_comes_over_the_wire_is_answered_in_json(server, request_, status):
-    responses = server.send(request_, half_close=True)
+def test_whatever_comes_over_the_wire_is_answered_in_json(shared_server, request_, status):
+    responses = shared_server.send(request_, half_close=True)
     [response] = [response for response in responses if response.status != 100]
     assert response.status == status, response
     if status < 300:
@@ -2760,7 +2768,10 @@ def test_clients_that_vanish_leave_nothing_behind(server):
     assert server.order().status == 201
 
 
-def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(server, database):
+def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(tmp_path, database):
+    server = Server(tmp_path).start(
+        "import shop; shop.LOCK_TIMEOUT = 2; raise SystemExit(shop.main([]))"
+    )
     product = server.product(stock=9).json
     other = lock(database)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -2784,6 +2795,7 @@ def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(server
         assert [order.result().status for order in orders] == [201] * 3
     other.close()
     assert server("GET", "/products/1/").json["stock"] == 6
+    server.assert_ends_well()
 
 
 def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tmp_path, database):
