@@ -710,10 +710,10 @@ class Store:
     ) -> tuple[list[dict], int | None]:
         """A page of a product's movements of stock, and the id to go on after, or None.
 
-        sort: a key of MOVEMENT_ORDERS. after, limit: the page. Raises NotFound.
+        sort: a key of ID_ORDERS. after, limit: the page. Raises NotFound.
         """
         self.get_product(product_id)
-        going_on, order = MOVEMENT_ORDERS[sort]
+        going_on, order = ID_ORDERS[sort]
         conditions = ["product_id = :product_id", going_on if after else "TRUE"]
         rows = self._read(
             select_page(SELECT_MOVEMENTS, conditions, order),
@@ -869,10 +869,10 @@ class Store:
     ) -> tuple[list[dict], int | None]:
         """A page of the orders, and the id to go on after (None where nothing follows).
 
-        status, reference: only orders that have these. sort: a key of ORDER_ORDERS. after, limit:
+        status, reference: only orders that have these. sort: a key of ID_ORDERS. after, limit:
         the page.
         """
-        going_on, order = ORDER_ORDERS[sort]
+        going_on, order = ID_ORDERS[sort]
         conditions = [going_on] if after else ["TRUE"]
         if status is not None:
             conditions.append("status = :status")
@@ -1142,8 +1142,7 @@ PRODUCT_ORDERS = {
         "price DESC, product.id",
     ),
 }
-MOVEMENT_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
-ORDER_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
+ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 SELECT_MOVEMENTS = """
     SELECT id, change, stock, order_id, note, created_at
       FROM every_movement
@@ -1184,6 +1183,7 @@ def public_columns(row: dict | sqlite3.Row) -> dict:
 
 
 def shortage(product_id: int, requested: int, available: int) -> dict:
+    """A line of InsufficientStock, in pieces."""
     return {"product_id": product_id, "requested": requested, "available": available}
 
 
@@ -1415,7 +1415,7 @@ def flush_file(path: Path) -> None:
 
 
 def check_integrity(path: str | os.PathLike) -> list[str]:
-    """Sentences that tell what is wrong in a database: pages, limits, references, sums of orders.
+    """What is wrong in a database, a sentence each: pages, limits, references, sums, the ledger.
 
     Raises DatabaseError for a file that is no shop's database.
     """

@@ -240,12 +240,12 @@ PRODUCT_QUERY = object_schema(
     after=AFTER,
 )
 MOVEMENT_QUERY = object_schema(
-    sort=sort_schema(db.MOVEMENT_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
+    sort=sort_schema(db.ID_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
 )
 ORDER_QUERY = object_schema(
     status=STATUS | {"description": "Only orders of this status."},
     reference=REFERENCE | {"description": "Only orders with just this reference."},
-    sort=sort_schema(db.ORDER_ORDERS),
+    sort=sort_schema(db.ID_ORDERS),
     limit=LIMIT | {"default": 100},
     after=AFTER,
 )
@@ -1702,6 +1702,8 @@ def in_words(field: dict) -> str:
 
 
 class Settings(NamedTuple):
+    """What the environment sets, with the defaults."""
+
     database: str = "db.sqlite3"  # a path
     admin_token: str | None = None
     order_token: str | None = None
@@ -1844,14 +1846,18 @@ def read_env_line(number: int, line: str) -> dict[str, str]:
     return {name: re.sub(r"\\(.)", lambda match: escapes.get(match[1], match[1]), quoted[2])}
 
 
-def open_application(settings: Settings, lock_timeout: float) -> Application:
-    store = db.Store(
+def open_store(settings: Settings, lock_timeout: float) -> db.Store:
+    return db.Store(
         settings.database,
         lock_timeout=lock_timeout,
         read_only=settings.read_only,
         autocheckpoint=not settings.litestream,
         trace=log_statement if settings.debug else None,
     )
+
+
+def open_application(settings: Settings, lock_timeout: float) -> Application:
+    store = open_store(settings, lock_timeout)
     return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
 
 
@@ -2792,6 +2798,7 @@ Settings come from the environment, and from a file .env in the working director
     READ_ONLY      false; true serves a copy that another process renews, and refuses writes
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
+COMMAND_LOCK_TIMEOUT = 30  # seconds that a command waits for the shop to finish a write
 OPTIONS: dict[str, set[str]] = {
     "serve": set(),
     "backup": {"--overwrite"},
@@ -2900,21 +2907,10 @@ def run_check(file: str | None = None) -> int:
     return 1 if errors else 0
 
 
-def open_store() -> tuple[db.Store, Settings]:
-    """The Store that the environment names, for a command beside the shop."""
-    settings = read_settings(read_environment())
-    store = db.Store(
-        settings.database,
-        lock_timeout=30,
-        read_only=settings.read_only,
-        autocheckpoint=not settings.litestream,
-    )
-    return store, settings
-
-
 def run_expire() -> int:
     try:
-        store, settings = open_store()
+        settings = read_settings(read_environment())
+        store = open_store(settings, COMMAND_LOCK_TIMEOUT)
         if settings.order_timeout is None:
             raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
         cancelled = 0
@@ -2939,7 +2935,7 @@ class CsvErrors(Exception):
 def run_import(file: str, *options: str) -> int:
     """Check every row first, so that the lock is taken for no more than the writing."""
     try:
-        store, _ = open_store()
+        store = open_store(read_settings(read_environment()), COMMAND_LOCK_TIMEOUT)
         with open_csv(file) as source, tempfile.TemporaryFile("w+", encoding="utf-8") as checked:
             check_rows(source, store, "--stock" in options, checked)
             checked.seek(0)

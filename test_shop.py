@@ -5745,7 +5745,7 @@ def test_a_page_of_movements_has_a_hundred_unless_told(shop, mug):
     assert len(shop("GET", page["next"]).json["movements"]) == 1
 
 
-@pytest.mark.parametrize("sort", db.MOVEMENT_ORDERS)
+@pytest.mark.parametrize("sort", db.ID_ORDERS)
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_page_of_movements_is_read_in_the_order_of_its_indexes(shop, mug, database, sort, after):
     statements = []
