@@ -5522,7 +5522,7 @@ def test_one_line_in_the_log_says_why_the_wal_has_grown_large(tmp_path, database
     server = Server(tmp_path).start(
         "import db, shop; db.WAL_WARNING_BYTES = 300_000; raise SystemExit(shop.main([]))"
     )
-    server.product(stock=1000)
+    server.product(stock=10**6)
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM product").fetchall()
