@@ -1636,8 +1636,7 @@ input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px soli
 </table></section></article></details>
 % end
 % end
-</main><script>
-document.querySelectorAll("pre > span").forEach((span) => { span.textContent = location.origin; });
+</main><script>for (const a of document.querySelectorAll("pre>span")) a.innerText = location.origin;
 async function send(form, token) {
   const given = { path: {}, query: {}, header: {}, body: {} };
   if (token) given.header.Authorization = `Bearer ${token}`;
