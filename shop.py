@@ -883,15 +883,19 @@ def body_length(environ: dict) -> int:
     """How many bytes may be read of the body. Raises a Problem."""
     length = environ.get("CONTENT_LENGTH")
     if length:
-        if not (length.isascii() and length.isdigit() and len(length) < 20):
-            raise Problem(400, "Content-Length must be a number.")
-        return int(length)
+        return parse_length(length)
     # A server that has undone a chunked body may not know its length, but says where it ends.
     if environ.get("wsgi.input_terminated"):
         return MAX_BODY + 1
     if "HTTP_TRANSFER_ENCODING" in environ:
         raise Problem(411, "Send the body with a Content-Length.")
     return 0
+
+
+def parse_length(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise Problem(400, "Content-Length must be a number.")
+    return int(text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2086,11 +2090,10 @@ class RequestParser:
 def read_length(text: str) -> int:
     if "," in text:
         raise Problem(400, "Ambiguous message length.")
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise Problem(400, "Content-Length must be a number.")
-    if int(text) > MAX_BODY:
+    length = parse_length(text)
+    if length > MAX_BODY:
         raise too_large()
-    return int(text)
+    return length
 
 
 class Chunks:
@@ -2430,7 +2433,7 @@ class Cache:
         self.version = version
 
     def add(self, version: object, key: tuple, response: Response) -> None:
-        size = len(response.head) + len(response.body) + sum(len(part or "") for part in key)
+        size = entry_size(key, response)
         if version is None or version != self.version or not response.is_cacheable:
             return
         if size > MAX_CACHE or key in self.responses:
@@ -2439,8 +2442,11 @@ class Cache:
         self.size += size
         while self.size > MAX_CACHE:
             oldest = next(iter(self.responses))
-            dropped = self.responses.pop(oldest)
-            self.size -= len(dropped.head) + len(dropped.body) + sum(map(len, filter(None, oldest)))
+            self.size -= entry_size(oldest, self.responses.pop(oldest))
+
+
+def entry_size(key: tuple, response: Response) -> int:
+    return len(response.head) + len(response.body) + sum(len(part or "") for part in key)
 
 
 def cache_key(request: RequestParser) -> tuple:
@@ -2579,8 +2585,7 @@ class Loop:
     def serve_batch(self) -> None:
         """Serve the requests that have come in; all that write share one transaction."""
         channels = [channel for channel in self.ready if channel.connected and channel.requests]
-        finished = list(self.slow_reads.finished)
-        if not channels and not finished:
+        if not channels and not self.slow_reads.finished:
             self.ready = []
             return
         self.date = date_line(int(time.time()))
