@@ -2276,13 +2276,13 @@ class Channel(waitress.channel.HTTPChannel):
         self.request = None
         self.server.add_task(self)
 
-    def replace_response(self, problem):
-        """Send the problem in place of the response that waits, and close."""
+    def replace_response(self, response):
+        """Send this in place of the response that waits, and close."""
         request, *_ = self.served
-        request.error = problem
+        request.keeps_connection = False
         self.output.clear()
         self.requests = [request]
-        self.respond(problem_response(problem))
+        self.respond(response)
 
     def flush(self):
         while self.output:
@@ -2682,8 +2682,12 @@ class Loop:
         try:
             self.store.commit()
         except db.DatabaseUnavailable as error:
+            response = problem_response(unavailable(error))
             for channel in writers:
-                channel.replace_response(unavailable(error))
+                if isinstance(error, db.TransactionLost):  # to a fault: now each by itself
+                    environ = channel.server.make_environ(channel, channel.served[0])
+                    response = call_app(self.app, environ)
+                channel.replace_response(response)
 
     def lock_timeout(self) -> float:
         if self.stopped_at and time.monotonic() > self.stopped_at + 2:

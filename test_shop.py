@@ -3245,20 +3245,9 @@ def test_every_commit_is_flushed_and_one_connection_checkpoints(make_shop, lites
 def test_all_writes_of_a_batch_share_one_commit(tmp_path, database):
     server = Server(tmp_path, DEBUG="true").start()
     server.product(stock=9)
-    other = lock(database)
     commits = server.stderr().count("COMMIT")
-    body = json.dumps(order_of((1, 2))).encode()
-    head = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(body)
-    connections = [server.connect() for _ in range(6)]
-    for connection in connections:
-        connection.sendall(head + body)
-    server("GET", "/healthz")  # by now they have all been read, and wait for the lock
-    other.execute("ROLLBACK")
-    other.close()
-    statuses = [read_responses(connection)[0].status for connection in connections]
-    for connection in connections:
-        connection.close()
-    assert sorted(statuses) == [201] * 4 + [409] * 2
+    responses = serve_as_batch(server, database, [order_of((1, 2))] * 6)
+    assert [response.status for response in responses] == [201] * 4 + [409] * 2
     assert server.stderr().count("COMMIT") == commits + 1
     assert server.end()[0] == 0
 
@@ -4544,6 +4533,21 @@ def post_of(body):
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
+def serve_as_batch(server, database, orders):
+    """The responses to orders that the server has read while another process had the lock."""
+    other = lock(database)
+    connections = [server.connect() for _ in orders]
+    for connection, order in zip(connections, orders, strict=True):
+        connection.sendall(post_of(json.dumps(order).encode()).replace(b"products", b"orders", 1))
+    server("GET", "/healthz")  # by now they have all been read
+    other.execute("ROLLBACK")
+    other.close()
+    responses = [read_responses(connection)[0] for connection in connections]
+    for connection in connections:
+        connection.close()
+    return responses
+
+
 def closing(request):
     """The request, after which the server is to close the connection."""
     return request.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", 1)
@@ -5056,22 +5060,77 @@ def test_an_order_answered_503_does_not_come_true_after_a_crash(
     assert server.end()[0] == 0
 
 
+FAULTY_PROGRAM = """
+import db, shop
+take_stock = db.Store._take_stock
+def faulty(connection, products):
+    taken = take_stock(connection, products)
+    if products[0]["quantity"] == 3:
+        raise RuntimeError("planted")
+    return taken
+db.Store._take_stock = staticmethod(faulty)
+raise SystemExit(shop.main([]))
+"""
+
+
+def test_a_fault_in_a_batch_costs_no_other_request_its_order(tmp_path, database):
+    server = Server(tmp_path).start(FAULTY_PROGRAM)
+    server.product(stock=9)
+    quantities = [2, 2, 3, 2, 2]
+    responses = serve_as_batch(server, database, [order_of((1, n)) for n in quantities])
+    assert [response.status for response in responses] == [201, 201, 500, 201, 201]
+    placed = [responses[n].json["id"] for n in (0, 1, 3, 4)]
+    assert order_ids(server) == placed
+    assert server("GET", "/products/1/").json["stock"] == 1
+    assert server("GET", "/healthz").status == 200
+    assert "planted" in server.stderr()
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
+    assert server.end()[0] == 0
+
+
+def test_a_step_of_a_transaction_that_is_refused_leaves_the_others(tmp_path):
+    store = db.Store(tmp_path / "steps")
+    with store.transaction():
+        for name, stock in ("Mug", 5), ("Jug", 1):
+            store.create_product(name=name, price=999, stock=stock)
+        mug, jug, none = ({"product_id": number, "quantity": 2} for number in (1, 2, 3))
+        with pytest.raises(db.InsufficientStock):
+            store.create_order([mug, jug])
+        with pytest.raises(db.UnknownProducts):
+            store.create_order([mug, none])
+        store.create_order([mug])
+    assert store.get_product(1)["stock"] == 3
+    assert store.get_product(2)["stock"] == 1
+    assert len(store.list_orders()[0]) == 1
+    store.close()
+
+
+def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
+    store = db.Store(tmp_path / "steps")
+
+    def fail():
+        store.create_product(name="Jug", price=999)
+        raise RuntimeError("planted")
+
+    store.begin()
+    store.create_product(name="Mug", price=999)
+    with pytest.raises(RuntimeError, match="planted"):
+        store.run_idempotent("key", "fingerprint", fail)
+    with pytest.raises(db.TransactionLost):
+        store.create_product(name="Pot", price=999)
+    with pytest.raises(db.TransactionLost):
+        store.commit()
+    assert store.list_products() == ("", None)
+    store.check_health()
+    assert store.create_product(name="Cup", price=999)["id"] == 1
+    store.close()
+
+
 def test_all_orders_of_a_batch_whose_flush_fails_stay_undone(tmp_path, database, sync):
     server = Server(tmp_path, **sync.settings).start()
     server.product(stock=9)
     sync.fail(errno.EIO, times=1)
-    other = lock(database)
-    body = json.dumps(order_of((1, 2))).encode()
-    head = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(body)
-    connections = [server.connect() for _ in range(4)]
-    for connection in connections:
-        connection.sendall(head + body)
-    server("GET", "/healthz")  # by now they have all been read, and wait for the lock
-    other.execute("ROLLBACK")
-    other.close()
-    responses = [read_responses(connection)[0] for connection in connections]
-    for connection in connections:
-        connection.close()
+    responses = serve_as_batch(server, database, [order_of((1, 2))] * 4)
     assert [response.status for response in responses] == [503] * 4
     kill(server)
     server = Server(tmp_path).start()
