@@ -32,6 +32,7 @@ MAX_STOCK = 1_000_000_000  # pieces
 MAX_ID = 10**18 - 1
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
+PURGE_LIMIT = 4  # expired idempotency keys that go when a new one comes
 WAL_WARNING_BYTES = 100_000_000
 
 log = logging.getLogger("shop")
@@ -236,6 +237,7 @@ class Store:
         self._writer_lock = threading.Lock()
         self._writer_thread: int | None = None  # that is inside a transaction
         self._local = threading.local()  # .reader: a thread's own connection to read with
+        self._purged = ""  # every idempotency key older than this
         self._write_error: Exception | None = None  # of the last write, if it failed
         self._file_id: tuple | None = None  # device and inode of the file that is open
         self._next_look = 0.0  # at the files, by the monotonic clock
@@ -1095,30 +1097,37 @@ class Store:
             if stored:
                 return json.loads(stored["answer"]), True
             result = action()
-            self._store_key(connection, key, fingerprint, json.dumps(result))
-            # Each new key takes a few expired ones along: they go as fast as they come.
             connection.execute(
                 """
-                DELETE FROM idempotency_key
-                 WHERE id IN (SELECT id
-                                FROM idempotency_key
-                               WHERE created_at < :expired
-                               ORDER BY created_at
-                               LIMIT 4)
+                INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
+                VALUES (:key, :fingerprint, :answer, :now)
                 """,
-                {"expired": expired},
+                {
+                    "key": key,
+                    "fingerprint": fingerprint,
+                    "answer": json.dumps(result),
+                    "now": timestamp(),
+                },
             )
+            if expired != self._purged:
+                self._purge_keys(connection, expired)
         return result, False
 
-    @staticmethod
-    def _store_key(connection: sqlite3.Connection, key: str, fingerprint: str, answer: str) -> None:
-        connection.execute(
+    def _purge_keys(self, connection: sqlite3.Connection, expired: str) -> None:
+        """Delete a few keys that are older than `expired`: they go faster than new ones come."""
+        purged = connection.execute(
             """
-            INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
-            VALUES (:key, :fingerprint, :answer, :now)
+            DELETE FROM idempotency_key
+             WHERE id IN (SELECT id
+                            FROM idempotency_key
+                           WHERE created_at < :expired
+                           ORDER BY created_at
+                           LIMIT :limit)
             """,
-            {"key": key, "fingerprint": fingerprint, "answer": answer, "now": timestamp()},
-        )
+            {"expired": expired, "limit": PURGE_LIMIT},
+        ).rowcount
+        if purged < PURGE_LIMIT:
+            self._purged = expired  # no other expires before the next second
 
 
 SELECT_PRODUCT = "SELECT * FROM product WHERE id = :id"
