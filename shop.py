@@ -1879,6 +1879,13 @@ MAX_CACHED_HEAD = 1 << 10  # bytes
 MAX_EMPTY_LINES = 8  # before a request
 MAX_SIZE_LINE = 256  # bytes of a chunk's size line
 MAX_CACHE = 32 << 20  # bytes of responses
+CACHED_BY = (  # and by the target
+    "REQUEST_METHOD",
+    "HTTP_IF_MATCH",
+    "HTTP_IF_NONE_MATCH",
+    "HTTP_AUTHORIZATION",
+    "HTTP_ORIGIN",
+)
 RECV_BYTES = 1 << 12  # at a time: what chunks of a byte in it cost is what a turn may wait for
 MAX_JOINED = 1 << 16  # bytes of a body that is sent with its head in one piece
 TURN = 0.02  # seconds that the loop serves before it polls again
@@ -1914,41 +1921,42 @@ SIZE_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7
 class Head:
     """The request line and the fields of a request. Raises a Problem."""
 
-    def __init__(self, head: bytes):
-        if INVALID.search(head):
-            raise Problem(400, "Malformed request: lines must end in CRLF.")
-        line = REQUEST_LINE.match(head)
-        if not line:
-            raise Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
+    def __init__(self, raw: bytes):
+        line = REQUEST_LINE.match(raw)
+        if not line or not FIELDS.fullmatch(raw, line.end()):
+            raise malformed(raw)
         self.command = line["method"].decode()
         self.version = line["version"].decode()
-        self.read_fields(head, line.end())
+        self.is_write = self.command not in ("GET", "HEAD", "OPTIONS")
+        self.environ: dict[str, str] = {}  # what a WSGI environ has of it
+        self.read_fields(FIELD.findall(raw, line.end()))
         self.read_target(line["target"])
         self.read_framing()
         self.read_connection()
+        self.cache_key = (self.target, *map(self.environ.get, CACHED_BY))
 
-    def read_fields(self, head: bytes, start: int) -> None:
-        if not FIELDS.fullmatch(head, start):
-            raise Problem(400, "Malformed header.")
-        headers: dict[str, str] = {}
-        for name, value in FIELD.findall(head, start):
+    def read_fields(self, fields: list[tuple[bytes, bytes]]) -> None:
+        for name, value in fields:
             if b"_" in name:  # in environ it would pass for the name with a hyphen
                 continue
-            key = name.decode().upper().replace("-", "_")
+            key = "HTTP_" + name.decode().upper().replace("-", "_")
             text = value.strip(b" \t").decode("latin-1")
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        host = headers.get("HOST", "" if self.version == "1.0" else None)
+            self.environ[key] = f"{self.environ[key]}, {text}" if key in self.environ else text
+        host = self.environ.get("HTTP_HOST", "" if self.version == "1.0" else None)
         if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
             raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
-        self.headers = headers
 
     def read_target(self, raw: bytes) -> None:
         target = raw.decode() if raw.isascii() else quote(raw, safe=string.printable)
         self.target = target
         if not target.startswith("/"):
             target = self.origin_form(target)
-        path, _, self.query = target.partition("?")
+        path, _, query = target.partition("?")
         self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
+        self.environ["PATH_INFO"] = self.path
+        self.environ["QUERY_STRING"] = query
+        # To HEAD only the body is not sent.
+        self.environ["REQUEST_METHOD"] = "GET" if self.command == "HEAD" else self.command
 
     def origin_form(self, target: str) -> str:
         if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
@@ -1956,14 +1964,15 @@ class Head:
         absolute = ABSOLUTE.match(target)
         if not absolute:
             raise Problem(400, "Malformed request line: the target must start with a slash.")
-        self.headers["HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
+        self.environ["HTTP_HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
         rest = target[absolute.end() :]
         return rest if rest.startswith("/") else "/" + rest
 
     def read_framing(self) -> None:
         # RFC 9112, 6.1 and 6.3: what could be read in two ways is a way to smuggle requests.
-        length = self.headers.get("CONTENT_LENGTH")
-        coding = self.headers.pop("TRANSFER_ENCODING", None)
+        self.environ["CONTENT_TYPE"] = self.environ.pop("HTTP_CONTENT_TYPE", "")
+        length = self.environ.pop("HTTP_CONTENT_LENGTH", None)
+        coding = self.environ.pop("HTTP_TRANSFER_ENCODING", None)
         if coding is not None and (length is not None or self.version == "1.0"):
             raise Problem(400, "Ambiguous message length.")
         if coding is not None and coding.lower() != "chunked":
@@ -1972,11 +1981,11 @@ class Head:
         self.length = 0 if length is None else read_length(length)
 
     def read_connection(self) -> None:
-        wishes = self.headers.get("CONNECTION", "").lower()
-        self.keeps_connection = "close" not in wishes
+        wishes = self.environ.get("HTTP_CONNECTION", "").lower()
+        self.is_last = "close" in wishes
         if self.version == "1.0":
-            self.keeps_connection = "keep-alive" in wishes
-        expectation = self.headers.get("EXPECT")
+            self.is_last = "keep-alive" not in wishes
+        expectation = self.environ.get("HTTP_EXPECT")
         self.expects_continue = False
         if expectation and self.version == "1.1":  # RFC 9110, 10.1.1
             if expectation.lower() != "100-continue":
@@ -1991,26 +2000,26 @@ read_head = functools.lru_cache(maxsize=1024)(Head)
 class RequestParser:
     """One request as it comes in: what waitress's channel asks of its parser, and no more."""
 
-    command = ""
-    version = "1.1"
-    target = ""
-    path = ""
-    query = ""
+    head: Head  # once headers_finished
     headers_finished = False
-    keeps_connection = False
     expect_continue = False  # the client waits for a 100 before it sends the body
     completed = False
     empty = True  # nothing but empty lines has come
-    error: Problem | None = None
     empty_lines = 0
+    error: Problem | None = None
+    is_write = False
+    is_last = False  # the connection closes behind the response
+    chunks: "Chunks | None" = None
 
     def __init__(self, adj: object):
-        self.headers: dict[str, str] = {}
         self.received_at = time.monotonic()
-        self.head = b""  # as far as it has come
+        self.raw = b""  # the head, as far as it has come
         self.body = bytearray()
-        self.length = 0
-        self.chunks: Chunks | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the response has no body, not even that of an error (RFC 9110, 9.3.2)."""
+        return self.raw.startswith(b"HEAD ")
 
     def received(self, data: bytes) -> int:
         """Take the bytes of this request from the data; return their number."""
@@ -2024,25 +2033,24 @@ class RequestParser:
             return len(data)  # where the next request would start is unknown
 
     def refuse(self, problem: Problem) -> None:
-        if self.head.startswith(b"HEAD "):  # RFC 9110, 9.3.2: then not even errors have a body
-            self.command = "HEAD"
         self.error = problem
+        self.is_write = False
+        self.is_last = True
         self.empty = False
         self.expect_continue = False
         self.completed = True
 
     def receive_head(self, data: bytes) -> int:
-        searched = len(self.head)
-        self.head = self.skip_empty_lines(self.head + data)
-        self.empty = not self.head
-        end = self.head.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER) + 4
+        searched = len(self.raw)
+        self.raw = self.skip_empty_lines(self.raw + data)
+        self.empty = not self.raw
+        end = self.raw.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER) + 4
         if end > 3:
-            unread = len(self.head) - end
-            self.read_head(self.head[: end - 2])
-            return len(data) - unread
-        if INVALID.search(self.head, max(searched - 1, 0), MAX_HEADER):
-            raise Problem(400, "Malformed request: lines must end in CRLF.")
-        if len(self.head) >= MAX_HEADER:
+            self.read_head(self.raw[: end - 2])
+            return len(data) - (len(self.raw) - end)
+        if INVALID.search(self.raw, max(searched - 1, 0), MAX_HEADER):
+            raise malformed(self.raw)
+        if len(self.raw) >= MAX_HEADER:
             raise Problem(431, "The headers are larger than 16 KiB.")
         return len(data)
 
@@ -2057,34 +2065,37 @@ class RequestParser:
         return head[end:]
 
     def read_head(self, raw: bytes) -> None:
-        head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
-        self.command = head.command
-        self.version = head.version
-        self.target = head.target
-        self.path = head.path
-        self.query = head.query
-        self.headers = head.headers
-        self.keeps_connection = head.keeps_connection
-        self.length = head.length
-        self.chunks = Chunks(self.body) if head.is_chunked else None
-        self.expect_continue = head.expects_continue
+        self.head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
         self.headers_finished = True
+        self.expect_continue = self.head.expects_continue
+        self.is_write = self.head.is_write
+        self.is_last = self.head.is_last
+        if self.head.is_chunked:
+            self.chunks = Chunks(self.body)
 
     def receive_body(self, data: bytes) -> int:
         if self.chunks:
             taken = self.chunks.received(data)
             self.completed = self.chunks.completed
         else:
-            part = data[: self.length - len(self.body)]
-            self.body += part
-            taken = len(part)
-            self.completed = len(self.body) == self.length
+            missing = self.head.length - len(self.body)
+            taken = min(missing, len(data))
+            self.body += data[:taken]
+            self.completed = taken == missing
         if self.completed:
             self.expect_continue = False
         return taken
 
     def close(self) -> None:
         """Nothing is open; waitress calls it."""
+
+
+def malformed(head: bytes) -> Problem:
+    if INVALID.search(head):
+        return Problem(400, "Malformed request: lines must end in CRLF.")
+    if not REQUEST_LINE.match(head):
+        return Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
+    return Problem(400, "Malformed header.")
 
 
 def read_length(text: str) -> int:
@@ -2242,16 +2253,14 @@ class Channel(waitress.channel.HTTPChannel):
         """Queue the response to the first request."""
         request = self.requests.pop(0)
         self.served = (request, response, self.received_at)
-        is_last = request.error or not request.keeps_connection
-        if self.server.loop.stopped_at and not self.requests:
-            is_last = True
+        is_last = request.is_last or (self.server.loop.stopped_at and not self.requests)
         connection = b"\r\n"
         if is_last:
             connection = b"Connection: close\r\n\r\n"
-        elif request.version == "1.0":
+        elif request.head.version == "1.0":
             connection = b"Connection: keep-alive\r\n\r\n"
         head = response.head + self.server.loop.date + connection
-        if request.command == "HEAD":
+        if request.is_head:
             self.output.append(head)
         elif len(response.body) < MAX_JOINED:
             self.output.append(head + response.body)
@@ -2279,7 +2288,7 @@ class Channel(waitress.channel.HTTPChannel):
     def replace_response(self, response):
         """Send this in place of the response that waits, and close."""
         request, *_ = self.served
-        request.keeps_connection = False
+        request.is_last = True
         self.output.clear()
         self.requests = [request]
         self.respond(response)
@@ -2370,16 +2379,13 @@ class Server(waitress.server.TcpWSGIServer):
             self.loop.ready.append(channel)
 
     def make_environ(self, channel: Channel, request: RequestParser) -> dict:
-        environ: dict[str, Any] = {f"HTTP_{key}": text for key, text in request.headers.items()}
-        environ |= self.environ
-        environ["REQUEST_METHOD"] = request.command
-        environ["PATH_INFO"] = request.path
-        environ["QUERY_STRING"] = request.query
-        environ["REMOTE_ADDR"] = channel.addr[0]
-        environ["CONTENT_TYPE"] = request.headers.get("CONTENT_TYPE", "")
-        environ["CONTENT_LENGTH"] = str(len(request.body))
-        environ["wsgi.input"] = io.BytesIO(request.body)
-        return environ
+        return {
+            **self.environ,
+            **request.head.environ,
+            "REMOTE_ADDR": channel.addr[0],
+            "CONTENT_LENGTH": str(len(request.body)),
+            "wsgi.input": io.BytesIO(request.body),
+        }
 
 
 class Poller:
@@ -2447,17 +2453,6 @@ class Cache:
 
 def entry_size(key: tuple, response: Response) -> int:
     return len(response.head) + len(response.body) + sum(len(part or "") for part in key)
-
-
-def cache_key(request: RequestParser) -> tuple:
-    get = request.headers.get
-    return (
-        request.target,
-        get("IF_MATCH"),
-        get("IF_NONE_MATCH"),
-        get("AUTHORIZATION"),
-        get("ORIGIN"),
-    )
 
 
 class SlowReads(threading.Thread):
@@ -2556,7 +2551,7 @@ class Loop:
         self.poller.handle_events(pause)
         known = 0
         # What comes while the first are read shares their commit.
-        while any(is_write(channel.requests[0]) for channel in self.ready[known:]):
+        while any(channel.requests[0].is_write for channel in self.ready[known:]):
             known = len(self.ready)
             self.poller.handle_events(0)
 
@@ -2592,7 +2587,7 @@ class Loop:
         self.cache.refresh(self.data_version())
         self.ready = []
         self.waiting = False
-        writers = [channel for channel in channels if is_write(channel.requests[0])]
+        writers = [channel for channel in channels if channel.requests[0].is_write]
         in_group = bool(writers) and self.begin(writers)
         served = self.serve([channel for channel in channels if channel not in self.ready])
         if in_group:
@@ -2644,22 +2639,19 @@ class Loop:
         """The response to a request, or None where it comes later, from a slow read."""
         if request.error:
             return problem_response(request.error)
-        server = channel.server
-        if request.command not in ("GET", "HEAD"):
-            return call_app(self.app, server.make_environ(channel, request))
-        key = cache_key(request)
-        response = self.cache.responses.get(key)
+        head = request.head
+        response = self.cache.responses.get(head.cache_key)
         if response:
             return response
-        environ = server.make_environ(channel, request)
-        environ["REQUEST_METHOD"] = "GET"  # to HEAD only the body is not sent
-        if self.app.is_slow(request.path):
+        environ = channel.server.make_environ(channel, request)
+        if environ["REQUEST_METHOD"] == "GET" and self.app.is_slow(head.path):
             # Where the version is unknown, no two reads are known to be of one state.
             version = object() if self.cache.version is None else self.cache.version
-            self.slow_reads.add(channel, (version, key), environ)
+            self.slow_reads.add(channel, (version, head.cache_key), environ)
             return None
         response = call_app(self.app, environ)
-        self.cache.add(self.cache.version, key, response)
+        if not head.is_write:
+            self.cache.add(self.cache.version, head.cache_key, response)
         return response
 
     def finish_slow_reads(self) -> list[Channel]:
@@ -2733,10 +2725,6 @@ def date_line(second: int) -> bytes:
     return b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
 
 
-def is_write(request: RequestParser) -> bool:
-    return not request.error and request.command not in ("GET", "HEAD", "OPTIONS")
-
-
 class Log:
     """Standard output, as long as somebody reads it: a full pipe must not stop the shop."""
 
@@ -2761,11 +2749,11 @@ def access_line(stamp: str, channel: Channel) -> str:
     method = "-"
     path = "-"
     if not request.error:
-        method = request.command
-        path = request.target.partition("?")[0]
+        method = request.head.command
+        path = request.head.target.partition("?")[0]
     if not (path.isascii() and path.isprintable()):
         path = quote(path, safe=string.punctuation, encoding="latin-1")
-    size = 0 if request.command == "HEAD" else len(response.body)
+    size = 0 if request.is_head else len(response.body)
     milliseconds = (time.perf_counter() - received_at) * 1000
     return (
         f"{stamp} {channel.addr[0]} {method} {path} {response.status} {size} {milliseconds:.1f}\n"

@@ -4300,7 +4300,8 @@ def parse(request, *cuts):
             if parser.completed:
                 error = parser.error
                 problem = error and (error.status_code, json.loads(error.body)["detail"])
-                results.append((parser.command, parser.path, problem, bytes(parser.body)))
+                line = parser.headers_finished and (parser.head.command, parser.head.path)
+                results.append((line, parser.is_head, problem, bytes(parser.body)))
                 parser = shop_module.RequestParser(None)
                 if error:
                     return results
@@ -4332,10 +4333,10 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut(request_):
 
 def test_the_parser_reads_requests_one_after_the_other():
     assert parse(PIPELINE) == [
-        ("POST", "/products/", None, BODY),
-        ("GET", "/healthz", None, b""),
-        ("POST", "/products/", None, BODY),
-        ("GET", "/products/", None, b""),
+        (("POST", "/products/"), False, None, BODY),
+        (("GET", "/healthz"), False, None, b""),
+        (("POST", "/products/"), False, None, BODY),
+        (("GET", "/products/"), False, None, b""),
     ]
 
 
