@@ -594,7 +594,7 @@ def field_name(path: tuple) -> str:
 def json_pointer(path: tuple) -> str:
     """RFC 6901, as the fragment of a URI."""
     steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
-    return "#" + "".join("/" + quote(step, errors="replace") for step in steps)
+    return "#" + quote("".join("/" + step for step in steps), errors="replace")
 
 
 def unknown_products(error: db.UnknownProducts) -> Problem:
