@@ -46,7 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from email.utils import formatdate
 from typing import Any, NamedTuple, TextIO
@@ -1909,13 +1909,12 @@ FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)
 FIELDS = re.compile(rb"(?:%b)*" % FIELD.pattern.replace(b"(", b"(?:"))
 # What never becomes a head, however long one waits: no method at its start, a bare LF or CR.
 INVALID = re.compile(rb"\A[^!#$%&'*+.^_`|~0-9A-Za-z\r-]|(?<!\r)\n|\r[^\n]")
-EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 # RFC 9110, 7.2, without the comma, which stands between the values of two headers.
 AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
 HOST = re.compile(rf"(?:{AUTHORITY})?", re.ASCII)
 ABSOLUTE = re.compile(rf"https?://({AUTHORITY})(?=[/?]|\Z)", re.ASCII | re.IGNORECASE)
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-SIZE_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?")
+SIZE_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?)?")
 
 
 class Head:
@@ -2005,32 +2004,34 @@ class RequestParser:
     expect_continue = False  # the client waits for a 100 before it sends the body
     completed = False
     empty = True  # nothing but empty lines has come
-    empty_lines = 0
     error: Problem | None = None
     is_write = False
     is_last = False  # the connection closes behind the response
-    chunks: "Chunks | None" = None
 
     def __init__(self, adj: object):
         self.received_at = time.monotonic()
-        self.raw = b""  # the head, as far as it has come
+        self.buffer = bytearray()  # what has come and is not yet read
+        self.raw = b""  # the head, once it is read
         self.body = bytearray()
+        self.reading = self.read()
 
     @property
     def is_head(self) -> bool:
         """Whether the response has no body, not even that of an error (RFC 9110, 9.3.2)."""
-        return self.raw.startswith(b"HEAD ")
+        return (self.raw or self.buffer).startswith(b"HEAD ")
 
     def received(self, data: bytes) -> int:
         """Take the bytes of this request from the data; return their number."""
+        self.buffer += data
         try:
-            taken = 0 if self.headers_finished else self.receive_head(data)
-            if self.headers_finished:
-                taken += self.receive_body(data[taken:])
-            return taken
+            self.completed = next(self.reading, True)
         except Problem as problem:
             self.refuse(problem)
             return len(data)  # where the next request would start is unknown
+        if not self.completed:
+            return len(data)
+        self.expect_continue = False
+        return len(data) - len(self.buffer)
 
     def refuse(self, problem: Problem) -> None:
         self.error = problem
@@ -2040,57 +2041,96 @@ class RequestParser:
         self.expect_continue = False
         self.completed = True
 
-    def receive_head(self, data: bytes) -> int:
-        searched = len(self.raw)
-        self.raw = self.skip_empty_lines(self.raw + data)
-        self.empty = not self.raw
-        end = self.raw.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER) + 4
-        if end > 3:
-            self.read_head(self.raw[: end - 2])
-            return len(data) - (len(self.raw) - end)
-        if INVALID.search(self.raw, max(searched - 1, 0), MAX_HEADER):
-            raise malformed(self.raw)
-        if len(self.raw) >= MAX_HEADER:
+    def read(self) -> Iterator[bool]:
+        """Read the request from the buffer, and yield False wherever more of it must come."""
+        empty_lines = 0
+        while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
+            # RFC 9112, 2.2: an old client may send some behind the body of the request before.
+            if len(self.buffer) < 2:
+                self.empty = not self.buffer
+                yield False
+                continue
+            if empty_lines == MAX_EMPTY_LINES:
+                raise Problem(400, "Malformed request: too many empty lines.")
+            empty_lines += 1
+            del self.buffer[:2]
+        self.empty = False
+        searched = 0
+        while (end := self.find_end_of_head(searched)) < 0:
+            searched = len(self.buffer)
+            yield False
+        self.read_head(end)
+        if self.head.is_chunked:
+            yield from self.read_chunks()
+            yield from self.read_trailers()
+            return
+        while len(self.buffer) < self.head.length:
+            yield False
+        self.body += self.buffer[: self.head.length]
+        del self.buffer[: self.head.length]
+
+    def find_end_of_head(self, searched: int) -> int:
+        end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER)
+        if end < 0 and INVALID.search(self.buffer, max(searched - 1, 0), MAX_HEADER):
+            raise malformed(self.buffer)
+        if end < 0 and len(self.buffer) >= MAX_HEADER:
             raise Problem(431, "The headers are larger than 16 KiB.")
-        return len(data)
+        return end
 
-    def skip_empty_lines(self, head: bytes) -> bytes:
-        # RFC 9112, 2.2: an old client may send some behind the body of the request before.
-        if not head.startswith(b"\r\n"):
-            return head
-        end = EMPTY_LINES.match(head, 0, 2 * MAX_EMPTY_LINES + 2).end()  # type: ignore[union-attr]
-        self.empty_lines += end // 2
-        if self.empty_lines > MAX_EMPTY_LINES:
-            raise Problem(400, "Malformed request: too many empty lines.")
-        return head[end:]
-
-    def read_head(self, raw: bytes) -> None:
+    def read_head(self, end: int) -> None:
+        raw = bytes(self.buffer[: end + 2])
         self.head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
+        self.raw = raw
+        del self.buffer[: end + 4]
         self.headers_finished = True
         self.expect_continue = self.head.expects_continue
         self.is_write = self.head.is_write
         self.is_last = self.head.is_last
-        if self.head.is_chunked:
-            self.chunks = Chunks(self.body)
 
-    def receive_body(self, data: bytes) -> int:
-        if self.chunks:
-            taken = self.chunks.received(data)
-            self.completed = self.chunks.completed
-        else:
-            missing = self.head.length - len(self.body)
-            taken = min(missing, len(data))
-            self.body += data[:taken]
-            self.completed = taken == missing
-        if self.completed:
-            self.expect_continue = False
-        return taken
+    def read_chunks(self) -> Iterator[bool]:
+        """Read a chunked body (RFC 9112, 7.1), in linear time however small its chunks are."""
+        framing = 0  # bytes of size lines, and of the CRLF behind each chunk
+        size = -1
+        while size:
+            while not (line := SIZE_LINE.match(self.buffer, 0, MAX_SIZE_LINE)):
+                require(SIZE_LINE_START.fullmatch(self.buffer))
+                require(len(self.buffer) < MAX_SIZE_LINE)
+                yield False
+            start = line.end()
+            size = int(line[1], 16)
+            framing += start + 2
+            require(framing <= MAX_BODY)
+            if len(self.body) + size > MAX_BODY:
+                raise too_large()
+            end = start + size
+            if size:
+                while len(self.buffer) < end + 2:
+                    yield False
+                require(self.buffer[end : end + 2] == b"\r\n")
+                self.body += self.buffer[start:end]
+                end += 2
+            del self.buffer[:end]
+
+    def read_trailers(self) -> Iterator[bool]:
+        # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
+        limit = MAX_HEADER
+        while True:
+            while not (end := self.buffer.find(b"\n") + 1):
+                require(len(self.buffer) <= limit)
+                yield False
+            line = bytes(self.buffer[:end])
+            del self.buffer[:end]
+            limit -= end
+            require(limit >= 0)
+            if line == b"\r\n":
+                return
+            require(FIELD.fullmatch(line))
 
     def close(self) -> None:
         """Nothing is open; waitress calls it."""
 
 
-def malformed(head: bytes) -> Problem:
+def malformed(head: bytes | bytearray) -> Problem:
     if INVALID.search(head):
         return Problem(400, "Malformed request: lines must end in CRLF.")
     if not REQUEST_LINE.match(head):
@@ -2107,78 +2147,9 @@ def read_length(text: str) -> int:
     return length
 
 
-class Chunks:
-    """A chunked body (RFC 9112, 7.1), read in linear time however small its chunks are."""
-
-    def __init__(self, body: bytearray):
-        self.body = body
-        self.completed = False
-        self.pending = b""  # a line of which the end has not come
-        self.missing = 0  # bytes of the chunk, and of the CRLF behind it
-        self.in_trailers = False
-        self.trailer_limit = MAX_HEADER
-        self.framing = 0  # bytes of size lines and the CRLF behind each chunk
-
-    def received(self, data: bytes) -> int:
-        pending = len(self.pending)
-        data = self.pending + data
-        self.pending = b""
-        position = 0
-        while position < len(data) and not self.completed:
-            if self.missing:
-                position = self.read_chunk(data, position)
-            elif self.in_trailers:
-                position = self.read_trailer(data, position)
-            else:
-                position = self.read_size(data, position)
-        return position - pending
-
-    def read_chunk(self, data: bytes, position: int) -> int:
-        part = data[position : position + self.missing]
-        self.body += part
-        self.missing -= len(part)
-        if not self.missing:
-            self.require(self.body.endswith(b"\r\n"))
-            del self.body[-2:]
-        return position + len(part)
-
-    def read_size(self, data: bytes, position: int) -> int:
-        line = SIZE_LINE.match(data, position, position + MAX_SIZE_LINE)
-        if not line:
-            self.pending = data[position : position + MAX_SIZE_LINE]
-            self.require(SIZE_LINE_START.fullmatch(self.pending))
-            self.require(len(self.pending) < MAX_SIZE_LINE)
-            return len(data)
-        start = line.end()
-        size = int(line[1], 16)
-        end = start + size
-        self.framing += start - position + 2
-        if self.framing > MAX_BODY or len(self.body) + size > MAX_BODY:
-            self.require(self.framing <= MAX_BODY)
-            raise too_large()
-        if size and data[end : end + 2] == b"\r\n":  # it is all there, as small chunks are
-            self.body += data[start:end]
-            return end + 2
-        self.in_trailers = size == 0
-        self.missing = size + 2 if size else 0
-        return start
-
-    def read_trailer(self, data: bytes, position: int) -> int:
-        # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
-        end = data.find(b"\n", position) + 1
-        self.require((end or len(data)) - position <= self.trailer_limit)
-        if not end:
-            self.pending = data[position:]
-            return len(data)
-        line = data[position:end]
-        self.trailer_limit -= len(line)
-        self.completed = line == b"\r\n"
-        self.require(self.completed or FIELD.fullmatch(line))
-        return end
-
-    def require(self, condition: object) -> None:
-        if not condition:
-            raise Problem(400, "Malformed chunked body.")
+def require(condition: object) -> None:
+    if not condition:
+        raise Problem(400, "Malformed chunked body.")
 
 
 # Batches.
