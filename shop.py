@@ -2292,6 +2292,10 @@ class Channel(waitress.channel.HTTPChannel):
         # Urgent data are no part of HTTP, and poll tells of them without end.
         self.handle_close()
 
+    def del_channel(self, map=None):
+        self.server.loop.poller.forget(self._fileno)
+        super().del_channel(map)
+
     def lingering_close(self):
         """Close for writing only: a reset would take the response from one that still sends."""
         self.close_when_flushed = False
@@ -2381,16 +2385,14 @@ class Poller:
             self.flags[descriptor] = flags
             self.poll.register(descriptor, flags)
 
+    def forget(self, descriptor: int) -> None:
+        """A socket is about to be closed: the next one may get its descriptor."""
+        if self.flags.pop(descriptor, None) is not None:
+            self.poll.unregister(descriptor)
+
     def handle_events(self, seconds: float) -> None:
         for descriptor, events in self.poll.poll(seconds * 1000):
-            dispatcher = self.map.get(descriptor)
-            if dispatcher is None or events & select.POLLNVAL:
-                # Closed meanwhile; a new connection may already have the descriptor.
-                self.poll.unregister(descriptor)
-                del self.flags[descriptor]
-                if dispatcher:
-                    self.watch(dispatcher)
-                continue
+            dispatcher = self.map[descriptor]
             waitress.wasyncore.readwrite(dispatcher, events)
             self.watch(dispatcher)
 
@@ -2678,7 +2680,8 @@ class Loop:
     def stop_accepting(self, server: Server) -> None:
         server.handle_accept()  # what connected before the signal may have sent its request
         server.accepting = False
-        self.map.pop(server._fileno)
+        self.poller.forget(server._fileno)
+        server.del_channel()
         server.socket.close()
 
     def drain_channel(self, channel: Channel, elapsed: float) -> None:
