@@ -427,7 +427,9 @@ class Store:
     def data_version(self) -> object:
         """A value that differs after every change of the data; None where that cannot be told."""
         if not self.read_only:
-            return self._read("PRAGMA data_version")[0]["data_version"]
+            with contextlib.suppress(DatabaseUnavailable):
+                return self._read("PRAGMA data_version")[0]["data_version"]
+            return None
         if self._wal.exists():  # a writer is at work, and may change data before the file's time
             return None
         try:

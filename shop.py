@@ -2557,7 +2557,7 @@ class Loop:
             self.ready = []
             return
         self.date = date_line(int(time.time()))
-        self.cache.refresh(self.data_version())
+        self.cache.refresh(self.store.data_version())
         self.ready = []
         self.waiting = False
         writers = [channel for channel in channels if channel.requests[0].is_write]
@@ -2574,21 +2574,15 @@ class Loop:
             stamp = db.timestamp()
             self.log.write("".join(access_line(stamp, channel) for channel in served))
 
-    def data_version(self) -> object:
-        try:
-            return self.store.data_version()
-        except db.DatabaseUnavailable:
-            return None
-
     def begin(self, writers: list[Channel]) -> bool:
         """Begin the transaction of a batch; while another process has the lock, writes wait."""
         try:
             self.store.begin()
             return True
         except db.DatabaseBusy:
-            now = time.perf_counter()
-            timeout = self.lock_timeout()
-            self.ready = [channel for channel in writers if now - channel.received_at < timeout]
+            is_late = self.stopped_at and time.monotonic() > self.stopped_at + 2
+            since = time.perf_counter() - (0 if is_late else LOCK_TIMEOUT)
+            self.ready = [channel for channel in writers if channel.received_at > since]
             self.waiting = bool(self.ready)
         except db.DatabaseUnavailable:
             pass  # each write finds out by itself, and says so
@@ -2653,11 +2647,6 @@ class Loop:
                     environ = channel.server.make_environ(channel, channel.served[0])
                     response = call_app(self.app, environ)
                 channel.replace_response(response)
-
-    def lock_timeout(self) -> float:
-        if self.stopped_at and time.monotonic() > self.stopped_at + 2:
-            return 0
-        return LOCK_TIMEOUT
 
     def stop(self, number: int, frame) -> None:
         if self.stopped_at:
