@@ -46,7 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from decimal import Decimal
 from email.utils import formatdate
 from typing import Any, NamedTuple, TextIO
@@ -2040,8 +2040,9 @@ class RequestParser:
         self.empty = False
         self.expect_continue = False
         self.completed = True
+        self.close()
 
-    def read(self) -> Iterator[bool]:
+    def read(self) -> Generator[bool, None, None]:
         """Read the request from the buffer, and yield False wherever more of it must come."""
         empty_lines = 0
         while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
@@ -2127,7 +2128,8 @@ class RequestParser:
             require(FIELD.fullmatch(line))
 
     def close(self) -> None:
-        """Nothing is open; waitress calls it."""
+        """Free the buffers of a request that has not come in full: its generator refers to it."""
+        self.reading.close()
 
 
 def malformed(head: bytes | bytearray) -> Problem:
@@ -2293,7 +2295,10 @@ class Channel(waitress.channel.HTTPChannel):
         self.handle_close()
 
     def del_channel(self, map=None):
+        # waitress's own knows of no poller, and leaves the request to the garbage collector.
         self.server.loop.poller.forget(self._fileno)
+        if self.request:
+            self.request.close()
         super().del_channel(map)
 
     def lingering_close(self):

@@ -4735,6 +4735,35 @@ def test_a_long_read_does_not_hold_up_the_others(tmp_path):
     server.assert_ends_well()
 
 
+def resident_memory(server):
+    """Bytes of memory that the server's process holds."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_half_a_request_is_freed_with_its_connection(tmp_path, is_reset):
+    server = Server(tmp_path).start(
+        "import gc, shop\ngc.disable()\nraise SystemExit(shop.main([]))\n"
+    )
+    half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
+    server("GET", "/healthz")
+    before = resident_memory(server)
+    for _ in range(8):
+        connections = [server.connect() for _ in range(60)]
+        for connection in connections:
+            connection.sendall(half)
+        for _ in range(len(half) // shop_module.RECV_BYTES + 2):
+            server("GET", "/healthz")  # in each turn the server reads a piece of every one
+        for connection in connections:
+            if is_reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+    server("GET", "/healthz")
+    assert resident_memory(server) - before < 30 << 20  # 48 MB have been sent
+    server.assert_ends_well()
+
+
 def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
     server = Server(tmp_path).start(SLOW_LISTS)
     server.product()
