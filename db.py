@@ -110,10 +110,10 @@ class DatabaseUnavailable(Exception):
 
 
 class TransactionLost(DatabaseUnavailable):
-    """The transaction has been rolled back before its end, with all that was done in it."""
+    """The transaction cannot be committed: one of its steps failed after a change."""
 
     def __init__(self) -> None:
-        super().__init__("SQLite rolled the transaction back.")
+        super().__init__("The transaction was rolled back.")
 
 
 class OutcomeUnknown(DatabaseUnavailable):
@@ -237,7 +237,8 @@ class Store:
         self._writer_lock = threading.Lock()
         self._writer_thread: int | None = None  # that is inside a transaction
         self._local = threading.local()  # .reader: a thread's own connection to read with
-        self._purged = ""  # every idempotency key older than this
+        self._must_roll_back = False  # a step has failed after a change
+        self._purged = ""  # every idempotency key older than this has been deleted
         self._write_error: Exception | None = None  # of the last write, if it failed
         self._file_id: tuple | None = None  # device and inode of the file that is open
         self._next_look = 0.0  # at the files, by the monotonic clock
@@ -480,8 +481,8 @@ class Store:
         """All or nothing: the connection that writes, for a `with` statement.
 
         Commits at its end and rolls back on any exception. Inside a transaction of this thread it
-        is a step of that one, and an exception after the step's first change rolls all of it back.
-        Raises as begin() and commit() do.
+        is a step of that one, which cannot be committed any more where the step raises after its
+        first change. Raises as begin() and commit() do.
         """
         if self._writer_thread == threading.get_ident():
             return self._step()
@@ -521,12 +522,13 @@ class Store:
             self._note_failure(error)
             raise
         self._writer_thread = threading.get_ident()
+        self._must_roll_back = False
 
     def commit(self) -> None:
         """Make durable what has happened since begin().
 
-        Raises TransactionLost, or another DatabaseUnavailable, and nothing has happened; or else
-        OutcomeUnknown.
+        Raises OutcomeUnknown; or another DatabaseUnavailable, such as TransactionLost, and then
+        nothing has happened.
         """
         try:
             self._require_transaction()
@@ -565,8 +567,9 @@ class Store:
             meaning = IdsUsedUp() if self._are_ids_used_up(error) else translate_error(error)
         elif isinstance(error, DatabaseError):
             meaning = DatabaseUnavailable(str(error))
-        passing = (DatabaseBusy, TransactionLost)
-        if isinstance(meaning, DatabaseUnavailable) and not isinstance(meaning, passing):
+        # What lost a transaction has been noted when it failed.
+        is_noted = isinstance(meaning, (DatabaseBusy, TransactionLost))
+        if isinstance(meaning, DatabaseUnavailable) and not is_noted:
             self._write_error = meaning
             self._make_room()
         if meaning is not error:
@@ -601,7 +604,7 @@ class Store:
 
     def _require_transaction(self) -> None:
         # After a full disk or an I/O error SQLite may have rolled back by itself.
-        if not self._writer.in_transaction:
+        if self._must_roll_back or not self._writer.in_transaction:
             raise TransactionLost
 
     @contextlib.contextmanager
@@ -616,8 +619,8 @@ class Store:
         try:
             yield self._writer
         except BaseException as error:
-            if self._writer.in_transaction and self._writer.total_changes != changes:
-                self._writer.execute("ROLLBACK")
+            if self._writer.total_changes != changes:
+                self._must_roll_back = True
             self._note_failure(error)
             raise
 
@@ -967,6 +970,7 @@ class Store:
             name, price, stock, movements = product
             if stock < quantity:
                 shortages.append(shortage(product_id, quantity, stock))
+                continue
             taken.append(
                 (product_id, position, name, price, quantity, stock - quantity, movements + 1)
             )
@@ -975,14 +979,16 @@ class Store:
         if shortages:
             raise InsufficientStock(shortages)
         # Whatever was seen before: the statement that takes is the one that checks.
-        connection.executemany(
+        changed = connection.executemany(
             """
             UPDATE product
                SET stock = stock - :quantity, movements = movements + 1
              WHERE id = :product_id AND stock >= :quantity
             """,
             products,
-        )
+        ).rowcount
+        if changed != len(products):
+            raise ValueError("An order names each product once.")
         return taken
 
     def update_order(self, order_id: int, status: str, *, if_match: Precondition = None) -> dict:
@@ -1116,7 +1122,7 @@ class Store:
         return result, False
 
     def _purge_keys(self, connection: sqlite3.Connection, expired: str) -> None:
-        """Delete a few keys that are older than `expired`: they go faster than new ones come."""
+        """Delete a few keys that are older than `expired`, more than come meanwhile."""
         purged = connection.execute(
             """
             DELETE FROM idempotency_key

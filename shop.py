@@ -1879,7 +1879,7 @@ MAX_CACHED_HEAD = 1 << 10  # bytes
 MAX_EMPTY_LINES = 8  # before a request
 MAX_SIZE_LINE = 256  # bytes of a chunk's size line
 MAX_CACHE = 32 << 20  # bytes of responses
-CACHED_BY = (  # and by the target
+CACHED_BY = (  # and by the target: what an answer with an ETag depends on
     "REQUEST_METHOD",
     "HTTP_IF_MATCH",
     "HTTP_IF_NONE_MATCH",
@@ -1893,6 +1893,7 @@ IDLE_TIMEOUT = 30  # seconds of an idle connection, or for a request to arrive
 LOCK_TIMEOUT = 5  # seconds that a write waits for another process
 LINGER_TIMEOUT = 5  # seconds that a client has to read the last response
 DRAIN_TIMEOUT = 4.5  # seconds after a signal for the requests under way
+DRAIN_LOCK_TIMEOUT = 2  # seconds after a signal for the write lock
 
 # A strict parser: RFC 9112, 2.1 to 5, where no two neighbours in a pattern can take the same byte,
 # so that each takes linear time.
@@ -2007,24 +2008,19 @@ class RequestParser:
     error: Problem | None = None
     is_write = False
     is_last = False  # the connection closes behind the response
+    is_head = False  # it has no body, not even that of an error (RFC 9110, 9.3.2)
 
     def __init__(self, adj: object):
         self.received_at = time.monotonic()
         self.buffer = bytearray()  # what has come and is not yet read
-        self.raw = b""  # the head, once it is read
         self.body = bytearray()
         self.reading = self.read()
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the response has no body, not even that of an error (RFC 9110, 9.3.2)."""
-        return (self.raw or self.buffer).startswith(b"HEAD ")
 
     def received(self, data: bytes) -> int:
         """Take the bytes of this request from the data; return their number."""
         self.buffer += data
         try:
-            self.completed = next(self.reading, True)
+            self.completed = next(self.reading, True)  # False for more, and True at its end
         except Problem as problem:
             self.refuse(problem)
             return len(data)  # where the next request would start is unknown
@@ -2035,6 +2031,8 @@ class RequestParser:
 
     def refuse(self, problem: Problem) -> None:
         self.error = problem
+        if not self.headers_finished:
+            self.is_head = self.buffer.startswith(b"HEAD ")
         self.is_write = False
         self.is_last = True
         self.empty = False
@@ -2081,12 +2079,12 @@ class RequestParser:
     def read_head(self, end: int) -> None:
         raw = bytes(self.buffer[: end + 2])
         self.head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
-        self.raw = raw
         del self.buffer[: end + 4]
         self.headers_finished = True
         self.expect_continue = self.head.expects_continue
         self.is_write = self.head.is_write
         self.is_last = self.head.is_last
+        self.is_head = self.head.command == "HEAD"
 
     def read_chunks(self) -> Iterator[bool]:
         """Read a chunked body (RFC 9112, 7.1), in linear time however small its chunks are."""
@@ -2258,13 +2256,14 @@ class Channel(waitress.channel.HTTPChannel):
         self.request = None
         self.server.add_task(self)
 
-    def replace_response(self, response):
-        """Send this in place of the response that waits, and close."""
-        request, *_ = self.served
-        request.is_last = True
+    def take_back(self):
+        """Be as before respond(): what waits is not sent."""
         self.output.clear()
-        self.requests = [request]
-        self.respond(response)
+        self.close_when_flushed = False
+        self.requests.insert(0, self.served[0])
+        if self.sent_continue:  # to the next request
+            self.request.expect_continue = True
+            self.sent_continue = False
 
     def flush(self):
         while self.output:
@@ -2480,6 +2479,7 @@ class Loop:
         self.map = self.poller.map
         self.ready: list[Channel] = []
         self.waiting = False  # for the write lock
+        self.alone = 0  # writes that must not share a transaction
         self.stopped_at: float | None = None
         self.next_check = 0.0  # of timeouts
         self.order_timeout = None if settings.read_only else settings.order_timeout
@@ -2566,10 +2566,15 @@ class Loop:
         self.ready = []
         self.waiting = False
         writers = [channel for channel in channels if channel.requests[0].is_write]
+        if self.alone:
+            self.ready = writers[1:]
+            writers = writers[:1]
         in_group = bool(writers) and self.begin(writers)
         served = self.serve([channel for channel in channels if channel not in self.ready])
         if in_group:
-            self.commit([channel for channel in writers if channel in served])
+            lost = self.commit([channel for channel in writers if channel in served])
+            served = [channel for channel in served if channel not in lost]
+            self.ready = lost + self.ready
         served += self.finish_slow_reads()
         for channel in served:
             if channel.connected:
@@ -2585,9 +2590,10 @@ class Loop:
             self.store.begin()
             return True
         except db.DatabaseBusy:
-            is_late = self.stopped_at and time.monotonic() > self.stopped_at + 2
-            since = time.perf_counter() - (0 if is_late else LOCK_TIMEOUT)
-            self.ready = [channel for channel in writers if channel.received_at > since]
+            now = time.perf_counter()
+            is_late = self.stopped_at and time.monotonic() > self.stopped_at + DRAIN_LOCK_TIMEOUT
+            timeout = 0 if is_late else LOCK_TIMEOUT
+            self.ready += [channel for channel in writers if now - channel.received_at < timeout]
             self.waiting = bool(self.ready)
         except db.DatabaseUnavailable:
             pass  # each write finds out by itself, and says so
@@ -2642,16 +2648,25 @@ class Loop:
                     self.ready.append(channel)
         return served
 
-    def commit(self, writers: list[Channel]) -> None:
+    def commit(self, writers: list[Channel]) -> list[Channel]:
+        """Commit the work of the writers; return those that are to be served again."""
+        self.alone = max(self.alone - 1, 0)
         try:
             self.store.commit()
         except db.DatabaseUnavailable as error:
-            response = problem_response(unavailable(error))
+            is_lost = isinstance(error, db.TransactionLost)
+            if is_lost and len(writers) > 1:
+                # A fault of one has undone the work of all: now each by itself.
+                for channel in writers:
+                    channel.take_back()
+                self.alone = len(writers)
+                return writers
             for channel in writers:
-                if isinstance(error, db.TransactionLost):  # to a fault: now each by itself
-                    environ = channel.server.make_environ(channel, channel.served[0])
-                    response = call_app(self.app, environ)
-                channel.replace_response(response)
+                if is_lost and channel.served[1].status >= "400":
+                    continue  # it tells of the fault
+                channel.take_back()
+                channel.respond(problem_response(unavailable(error)))
+        return []
 
     def stop(self, number: int, frame) -> None:
         if self.stopped_at:

@@ -2841,7 +2841,7 @@ def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(tmp_path, database
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
     # The 100 Continue of the second request must not take a 201 of the first along.
     responses = server.send(head + b"\r\n" + body + head + b"Expect: 100-continue\r\n\r\n")
-    assert [response.status for response in responses] == [503]
+    assert [response.status for response in responses] == [503, 100]
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert server.order().status == 201
     assert server.product().json["id"] == created + 1
@@ -3248,7 +3248,7 @@ def test_all_writes_of_a_batch_share_one_commit(tmp_path, database):
     server = Server(tmp_path, DEBUG="true").start()
     server.product(stock=9)
     commits = server.stderr().count("COMMIT")
-    responses = serve_as_batch(server, database, [order_of((1, 2))] * 6)
+    responses = serve_as_batch(server, database, [2] * 6)
     assert [response.status for response in responses] == [201] * 4 + [409] * 2
     assert server.stderr().count("COMMIT") == commits + 1
     assert server.end()[0] == 0
@@ -4536,12 +4536,17 @@ def post_of(body):
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def serve_as_batch(server, database, orders):
-    """The responses to orders that the server has read while another process had the lock."""
+def order_request(quantity):
+    body = json.dumps(order_of((1, quantity))).encode()
+    return post_of(body).replace(b"products", b"orders", 1)
+
+
+def serve_as_batch(server, database, quantities):
+    """The responses to orders that it has read while another process had the lock."""
     other = lock(database)
-    connections = [server.connect() for _ in orders]
-    for connection, order in zip(connections, orders, strict=True):
-        connection.sendall(post_of(json.dumps(order).encode()).replace(b"products", b"orders", 1))
+    connections = [server.connect() for _ in quantities]
+    for connection, quantity in zip(connections, quantities, strict=True):
+        connection.sendall(order_request(quantity))
     server("GET", "/healthz")  # by now they have all been read
     other.execute("ROLLBACK")
     other.close()
@@ -5108,15 +5113,52 @@ raise SystemExit(shop.main([]))
 def test_a_fault_in_a_batch_costs_no_other_request_its_order(tmp_path, database):
     server = Server(tmp_path).start(FAULTY_PROGRAM)
     server.product(stock=9)
-    quantities = [2, 2, 3, 2, 2]
-    responses = serve_as_batch(server, database, [order_of((1, n)) for n in quantities])
+    responses = serve_as_batch(server, database, [2, 2, 3, 2, 2])
     assert [response.status for response in responses] == [201, 201, 500, 201, 201]
     placed = [responses[n].json["id"] for n in (0, 1, 3, 4)]
     assert order_ids(server) == placed
+    assert server.stderr().count("planted") == 2  # together with the others, and alone
     assert server("GET", "/products/1/").json["stock"] == 1
     assert server("GET", "/healthz").status == 200
-    assert "planted" in server.stderr()
+    assert "During handling" not in server.stderr()
     assert server.run("check").stdout == "db.sqlite3: sound\n"
+    assert server.end()[0] == 0
+
+
+def test_a_fault_in_a_batch_breaks_no_connection(tmp_path, database):
+    server = Server(tmp_path).start(FAULTY_PROGRAM)
+    server.product(stock=9)
+    other = lock(database)
+    pipelined, waiting, faulty = (server.connect() for _ in range(3))
+    pipelined.sendall(order_request(2) + closing(GET_HEALTH))
+    expecting = order_request(1).replace(b"Host: x", b"Host: x\r\nExpect: 100-continue", 1)
+    head, body = expecting.split(b"{", 1)
+    waiting.sendall(order_request(2) + head)
+    faulty.sendall(closing(order_request(3)))
+    server("GET", "/healthz")  # by now they have all been read
+    other.execute("ROLLBACK")
+    other.close()
+    assert [response.status for response in read_responses(pipelined)] == [201, 200]
+    assert [response.status for response in read_responses(faulty)] == [500]
+    first = waiting.recv(1 << 16)
+    assert first.startswith(b"HTTP/1.1 201 ")
+    while not first.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):
+        first += waiting.recv(1 << 16)
+    waiting.sendall(b"{" + body)
+    assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 201 ")
+    for connection in pipelined, waiting, faulty:
+        connection.close()
+    assert server("GET", "/products/1/").json["stock"] == 4
+    assert server.end()[0] == 0
+
+
+def test_a_fault_alone_is_told_once(tmp_path):
+    server = Server(tmp_path).start(FAULTY_PROGRAM)
+    server.product(stock=9)
+    assert server.order(quantity=3).status == 500
+    assert server.stderr().count("planted") == 1
+    assert "During handling" not in server.stderr()
+    assert server("GET", "/healthz").status == 200
     assert server.end()[0] == 0
 
 
@@ -5152,6 +5194,10 @@ def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
         store.create_product(name="Pot", price=999)
     with pytest.raises(db.TransactionLost):
         store.commit()
+    with pytest.raises(db.TransactionLost), store.transaction() as connection:
+        with pytest.raises(RuntimeError, match="planted"):
+            store.run_idempotent("key", "fingerprint", fail)
+        connection.execute("DELETE FROM product")  # does not slip past the transaction
     assert store.list_products() == ("", None)
     store.check_health()
     assert store.create_product(name="Cup", price=999)["id"] == 1
@@ -5162,7 +5208,7 @@ def test_all_orders_of_a_batch_whose_flush_fails_stay_undone(tmp_path, database,
     server = Server(tmp_path, **sync.settings).start()
     server.product(stock=9)
     sync.fail(errno.EIO, times=1)
-    responses = serve_as_batch(server, database, [order_of((1, 2))] * 4)
+    responses = serve_as_batch(server, database, [2] * 4)
     assert [response.status for response in responses] == [503] * 4
     kill(server)
     server = Server(tmp_path).start()
