@@ -2011,7 +2011,7 @@ class RequestParser:
     is_head = False  # it has no body, not even that of an error (RFC 9110, 9.3.2)
 
     def __init__(self, adj: object):
-        self.received_at = time.monotonic()
+        self.received_at = time.monotonic()  # its first byte
         self.buffer = bytearray()  # what has come and is not yet read
         self.body = bytearray()
         self.reading = self.read()
@@ -2054,6 +2054,7 @@ class RequestParser:
             empty_lines += 1
             del self.buffer[:2]
         self.empty = False
+        self.received_at = time.monotonic()
         searched = 0
         while (end := self.find_end_of_head(searched)) < 0:
             searched = len(self.buffer)

@@ -4331,6 +4331,17 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut(request_):
         assert parse(request_, cut) == whole, cut
 
 
+def test_the_time_of_a_request_begins_behind_the_empty_lines_before_it():
+    parser = shop_module.RequestParser(None)
+    parser.received(b"\r\n")
+    opened_at = parser.received_at
+    parser.received(b"GET /")
+    begun_at = parser.received_at
+    assert begun_at > opened_at
+    parser.received(b" HTTP/1.1\r\n")
+    assert parser.received_at == begun_at
+
+
 def test_the_parser_reads_requests_one_after_the_other():
     assert parse(PIPELINE) == [
         (("POST", "/products/"), False, None, BODY),
