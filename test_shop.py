@@ -4557,7 +4557,7 @@ def serve_as_batch(server, database, quantities):
     other = lock(database)
     connections = [server.connect() for _ in quantities]
     for connection, quantity in zip(connections, quantities, strict=True):
-        connection.sendall(order_request(quantity))
+        connection.sendall(closing(order_request(quantity)))
     server("GET", "/healthz")  # by now they have all been read
     other.execute("ROLLBACK")
     other.close()
@@ -4939,7 +4939,7 @@ def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(tmp_path
     get = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
     for _ in range(10):
         with server.connect() as writer, server.connect() as reader:
-            writer.sendall(write)
+            writer.sendall(closing(write))
             reader.sendall(GET_PRODUCTS + closing(get))
             listed, missing = read_responses(reader)
             assert [response.status for response in read_responses(writer)] == [503]
