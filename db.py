@@ -466,7 +466,7 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._empty_wal()
         self._warn(f"{self.path} has been deleted or replaced: restart the shop.")
         raise DatabaseUnavailable("The database file has been deleted or replaced.")
 
@@ -571,7 +571,7 @@ class Store:
         is_noted = isinstance(meaning, (DatabaseBusy, TransactionLost))
         if isinstance(meaning, DatabaseUnavailable) and not is_noted:
             self._write_error = meaning
-            self._make_room()
+            self._empty_wal()  # where the disk is full, that may be all the next write needs
         if meaning is not error:
             raise meaning from error
 
@@ -584,8 +584,8 @@ class Store:
             return greatest is not None and greatest > MAX_ID
         return False
 
-    def _make_room(self) -> None:
-        """Empty the WAL: where the disk is full, that may be all the next write needs."""
+    def _empty_wal(self) -> None:
+        """Fold the WAL into the file, as far as that can be done now."""
         if self._writer and not self._writer.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -644,8 +644,7 @@ class Store:
         cents. Raises UnknownPlace.
         """
         words = sorted(set(fold(q or "").split()), key=len)
-        going_on, order = PRODUCT_ORDERS[sort]
-        conditions = [going_on] if after else ["TRUE"]
+        conditions = []
         if available is not None:
             conditions.append("(stock > 0) = :available")
         if words:
@@ -654,7 +653,7 @@ class Store:
             conditions.append(HAS_OTHER_WORDS)
         by_name = sort.endswith("name")
         select = SEARCH_PRODUCTS if words or by_name else SELECT_PRODUCTS
-        sql = select_page(select, conditions, order)
+        sql = select_page(select, conditions, PRODUCT_ORDERS[sort], after)
         parameters: dict[str, Any] = {
             "longest_word": words.pop() if words else None,
             "other_words": json.dumps(words),
@@ -667,9 +666,8 @@ class Store:
         if not limit:
             [(text,)] = self._read("SELECT group_concat(json) FROM (" + sql + ")", parameters)
             return text or "", None
-        rows = self._read(sql, parameters)
-        next_after = rows[limit - 1]["id"] if len(rows) > limit else None
-        return ",".join(row["json"] for row in rows[:limit]), next_after
+        rows, next_after = cut_page(self._read(sql, parameters), limit)
+        return ",".join(row["json"] for row in rows), next_after
 
     def _sort_value(self, product_id: int, by_name: bool) -> object:
         """What a product is sorted by. Raises UnknownPlace."""
@@ -727,14 +725,12 @@ class Store:
         sort: a key of ID_ORDERS. after, limit: the page. Raises NotFound.
         """
         self.get_product(product_id)
-        going_on, order = ID_ORDERS[sort]
-        conditions = ["product_id = :product_id", going_on if after else "TRUE"]
         rows = self._read(
-            select_page(SELECT_MOVEMENTS, conditions, order),
+            select_page(SELECT_MOVEMENTS, ["product_id = :product_id"], ID_ORDERS[sort], after),
             {"product_id": product_id, "after": after, "limit": limit + 1},
         )
-        next_after = rows[limit - 1]["id"] if len(rows) > limit else None
-        return [dict(row) for row in rows[:limit]], next_after
+        movements, next_after = cut_page(rows, limit)
+        return [dict(row) for row in movements], next_after
 
     def delete_product(self, product_id: int, *, if_match: Precondition = None) -> None:
         """Delete a product; the lines of orders keep their copies. Raises NotFound,
@@ -886,8 +882,7 @@ class Store:
         status, reference: only orders that have these. sort: a key of ID_ORDERS. after, limit:
         the page.
         """
-        going_on, order = ID_ORDERS[sort]
-        conditions = [going_on] if after else ["TRUE"]
+        conditions = []
         if status is not None:
             conditions.append("status = :status")
         if reference is not None:
@@ -895,12 +890,11 @@ class Store:
         if reference:
             conditions.append("reference <> ''")  # lets SQLite use the partial index
         rows = self._read(
-            select_page("SELECT * FROM orders", conditions, order),
+            select_page("SELECT * FROM orders", conditions, ID_ORDERS[sort], after),
             {"status": status, "reference": reference, "after": after, "limit": limit + 1},
         )
-        next_after = rows[limit - 1]["id"] if len(rows) > limit else None
+        orders, next_after = cut_page(rows, limit)
         # Lines never change, so a second statement sees the lines that the first one meant.
-        orders = rows[:limit]
         return with_lines(orders, self._read(SELECT_LINES, ids_of(orders))), next_after
 
     def get_order(self, order_id: int) -> dict:
@@ -1016,32 +1010,15 @@ class Store:
         Four of a hundred lines take the loop 15 ms.
         """
         with self.transaction() as connection:
-            due = connection.execute(
-                """
-                SELECT id
-                  FROM orders
-                 WHERE status = 'pending' AND created_at < :due
-                 ORDER BY created_at
-                 LIMIT :limit
-                """,
-                {"due": timestamp(minutes * 60), "limit": limit},
-            ).fetchall()
+            expired = {"due": timestamp(minutes * 60), "limit": limit}
+            due = connection.execute(SELECT_EXPIRED, expired).fetchall()
             for order in due:
                 self._set_status(connection, order["id"], "cancelled")
         return len(due)
 
     def has_expired_orders(self, minutes: float) -> bool:
         """Whether expire_orders() would find something: without the write lock."""
-        rows = self._read(
-            """
-            SELECT 1
-              FROM orders
-             WHERE status = 'pending' AND created_at < :due
-             LIMIT 1
-            """,
-            {"due": timestamp(minutes * 60)},
-        )
-        return bool(rows)
+        return bool(self._read(SELECT_EXPIRED, {"due": timestamp(minutes * 60), "limit": 1}))
 
     def _set_status(self, connection: sqlite3.Connection, order_id: int, status: str) -> None:
         connection.execute(
@@ -1179,6 +1156,13 @@ HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words) WHERE NOT instr(words, value))
 """
 SELECT_ORDER = "SELECT * FROM orders WHERE id = :id"
+SELECT_EXPIRED = """
+    SELECT id
+      FROM orders
+     WHERE status = 'pending' AND created_at < :due
+     ORDER BY created_at
+     LIMIT :limit
+"""
 SELECT_LINES = """
     SELECT order_id, product_id, name, price, quantity
       FROM order_line
@@ -1187,9 +1171,17 @@ SELECT_LINES = """
 """
 
 
-def select_page(select: str, conditions: list[str], order: str) -> str:
+def select_page(select: str, conditions: list[str], order: tuple[str, str], after: int) -> str:
     """A query for a page, put together from constants: so that each can use its index."""
-    return " ".join([select, "WHERE", " AND ".join(conditions), "ORDER BY", order, "LIMIT :limit"])
+    going_on, order_by = order
+    where = " AND ".join([going_on if after else "TRUE", *conditions])
+    return " ".join([select, "WHERE", where, "ORDER BY", order_by, "LIMIT :limit"])
+
+
+def cut_page(rows: list[sqlite3.Row], limit: int) -> tuple[list[sqlite3.Row], int | None]:
+    """The page out of rows of which one too many was read, and the id to go on after, or None."""
+    next_after = rows[limit - 1]["id"] if len(rows) > limit else None
+    return rows[:limit], next_after
 
 
 def ids_of(rows: list) -> dict:
