@@ -2779,22 +2779,15 @@ Settings come from the environment, and from a file .env in the working director
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
 COMMAND_LOCK_TIMEOUT = 30  # seconds that a command waits for the shop to finish a write
-OPTIONS: dict[str, set[str]] = {
-    "serve": set(),
-    "backup": {"--overwrite"},
-    "check": set(),
-    "import": {"--stock"},
-    "export": set(),
-    "expire": set(),
-}
-FILES = {  # how many each takes
-    "serve": (0, 0),
-    "backup": (1, 1),
-    "check": (0, 1),
-    "import": (1, 1),
-    "export": (0, 1),
-    "expire": (0, 0),
-}
+
+
+class Command(NamedTuple):
+    """What to run, and what the command line may have behind its name."""
+
+    run: Callable[..., int]
+    least_files: int = 0
+    most_files: int = 0
+    options: frozenset[str] = frozenset()
 
 
 def main(arguments: list[str]) -> int:
@@ -2805,21 +2798,23 @@ def main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}")
         return 0
-    command, *words = arguments or ["serve"]
+    name, *words = arguments or ["serve"]
     options = {word for word in words if word.startswith("-") and word != "-"}
     files = [word for word in words if word not in options]
-    if command not in OPTIONS:
-        kind = "option" if command.startswith("-") else "command"
-        return fail(f"unknown {kind} {shown(command)}; see python shop.py --help", 2)
-    unknown = sorted(options - OPTIONS[command])
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        return fail(f"unknown {kind} {shown(name)}; see python shop.py --help", 2)
+    command = COMMANDS[name]
+    unknown = sorted(options - command.options)
     if unknown:
-        return fail(f"unknown option {shown(unknown[0])} of {command}; see --help", 2)
-    least, most = FILES[command]
+        return fail(f"unknown option {shown(unknown[0])} of {name}; see --help", 2)
+    least = command.least_files
+    most = command.most_files
     if not least <= len(files) <= most:
         noun = "file" if most == 1 else "files"
         wanted = f"{least} to {most} {noun}" if least < most else f"{most} {noun}"
-        return fail(f"{command} takes {wanted}, not {len(files)}; see --help", 2)
-    return COMMANDS[command](*files, *options)
+        return fail(f"{name} takes {wanted}, not {len(files)}; see --help", 2)
+    return command.run(*files, *options)
 
 
 def fail(reason: object, status: int) -> int:
@@ -3063,13 +3058,13 @@ def write_csv(store: db.Store, target: TextIO) -> None:
         writer.writerow({**product, "price": f"{cents // 100}.{cents % 100:02}"})
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "serve": serve,
-    "backup": run_backup,
-    "check": run_check,
-    "import": run_import,
-    "export": run_export,
-    "expire": run_expire,
+COMMANDS = {
+    "serve": Command(serve),
+    "backup": Command(run_backup, 1, 1, frozenset({"--overwrite"})),
+    "check": Command(run_check, 0, 1),
+    "import": Command(run_import, 1, 1, frozenset({"--stock"})),
+    "export": Command(run_export, 0, 1),
+    "expire": Command(run_expire),
 }
 
 
