@@ -310,7 +310,7 @@ def get_health(store):
 @api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody"))
 def get_openapi(secured):
     """Describe this interface as OpenAPI 3.1."""
-    return json_response(openapi_document(mount_point(), secured))
+    return json_response(openapi_json(mount_point(), secured))
 
 
 @api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, access="nobody", slow=True))
@@ -435,18 +435,25 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
 
 def html_response(page: str):
     """A page that runs and loads nothing but the style and the script in it."""
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": content_security_policy(page),
+        "Vary": "Accept",
+    }
+    return bottle.HTTPResponse(page.encode(), 200, headers)
+
+
+@functools.lru_cache(maxsize=16)
+def content_security_policy(page: str) -> str:
     style, script = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for text in re.findall("<(?:style|script)>(.*?)</", page, re.DOTALL)
     )
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{style}'; "
-        f"script-src 'sha256-{script}'; connect-src 'self'; img-src data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'",
-        "Vary": "Accept",
-    }
-    return bottle.HTTPResponse(page.encode(), 200, headers)
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
 
 
 def prefers_html(accept: str) -> bool:
@@ -1422,6 +1429,11 @@ def openapi_document(script_name: str, secured: frozenset[str] = frozenset()) ->
         schemes = {"token": {"type": "http", "scheme": "bearer"}}
         document["components"]["securitySchemes"] = schemes  # type: ignore[index]
     return document
+
+
+@functools.lru_cache(maxsize=16)
+def openapi_json(script_name: str, secured: frozenset[str]) -> bytes:
+    return to_json(openapi_document(script_name, secured))
 
 
 def describe_schema(schema: dict, name: str | None = None) -> dict:
