@@ -1939,7 +1939,6 @@ class Head:
             raise malformed(raw)
         self.command = line["method"].decode()
         self.version = line["version"].decode()
-        self.is_write = self.command not in ("GET", "HEAD", "OPTIONS")
         self.environ: dict[str, str] = {}  # what a WSGI environ has of it
         self.read_fields(FIELD.findall(raw, line.end()))
         self.read_target(line["target"])
@@ -1964,8 +1963,9 @@ class Head:
         if not target.startswith("/"):
             target = self.origin_form(target)
         path, _, query = target.partition("?")
-        self.path = unquote_to_bytes(path).decode("latin-1") if "%" in path else path
-        self.environ["PATH_INFO"] = self.path
+        if "%" in path:
+            path = unquote_to_bytes(path).decode("latin-1")
+        self.environ["PATH_INFO"] = path
         self.environ["QUERY_STRING"] = query
         # To HEAD only the body is not sent.
         self.environ["REQUEST_METHOD"] = "GET" if self.command == "HEAD" else self.command
@@ -2095,7 +2095,7 @@ class RequestParser:
         del self.buffer[: end + 4]
         self.headers_finished = True
         self.expect_continue = self.head.expects_continue
-        self.is_write = self.head.is_write
+        self.is_write = self.head.command not in ("GET", "HEAD", "OPTIONS")
         self.is_last = self.head.is_last
         self.is_head = self.head.command == "HEAD"
 
@@ -2630,19 +2630,19 @@ class Loop:
         """The response to a request, or None where it comes later, from a slow read."""
         if request.error:
             return problem_response(request.error)
-        head = request.head
-        response = self.cache.responses.get(head.cache_key)
+        key = request.head.cache_key
+        response = self.cache.responses.get(key)
         if response:
             return response
         environ = channel.server.make_environ(channel, request)
-        if environ["REQUEST_METHOD"] == "GET" and self.app.is_slow(head.path):
+        if environ["REQUEST_METHOD"] == "GET" and self.app.is_slow(environ["PATH_INFO"]):
             # Where the version is unknown, no two reads are known to be of one state.
             version = object() if self.cache.version is None else self.cache.version
-            self.slow_reads.add(channel, (version, head.cache_key), environ)
+            self.slow_reads.add(channel, (version, key), environ)
             return None
         response = call_app(self.app, environ)
-        if not head.is_write:
-            self.cache.add(self.cache.version, head.cache_key, response)
+        if not request.is_write:
+            self.cache.add(self.cache.version, key, response)
         return response
 
     def finish_slow_reads(self) -> list[Channel]:

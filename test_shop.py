@@ -4300,7 +4300,8 @@ def parse(request, *cuts):
             if parser.completed:
                 error = parser.error
                 problem = error and (error.status_code, json.loads(error.body)["detail"])
-                line = parser.headers_finished and (parser.head.command, parser.head.path)
+                head = parser.headers_finished and parser.head
+                line = head and (head.command, head.environ["PATH_INFO"])
                 results.append((line, parser.is_head, problem, bytes(parser.body)))
                 parser = shop_module.RequestParser(None)
                 if error:
