@@ -4553,15 +4553,22 @@ def order_request(quantity):
     return post_of(body).replace(b"products", b"orders", 1)
 
 
-def serve_as_batch(server, database, quantities):
-    """The responses to orders that it has read while another process had the lock."""
+@contextlib.contextmanager
+def in_one_batch(server, database):
+    """What is sent inside is read by the server while another process has the write lock."""
     other = lock(database)
-    connections = [server.connect() for _ in quantities]
-    for connection, quantity in zip(connections, quantities, strict=True):
-        connection.sendall(closing(order_request(quantity)))
-    server("GET", "/healthz")  # by now they have all been read
+    yield
+    server("GET", "/healthz")  # by now it has all been read
     other.execute("ROLLBACK")
     other.close()
+
+
+def serve_as_batch(server, database, quantities):
+    """The responses to orders that are served in one batch."""
+    connections = [server.connect() for _ in quantities]
+    with in_one_batch(server, database):
+        for connection, quantity in zip(connections, quantities, strict=True):
+            connection.sendall(closing(order_request(quantity)))
     responses = [read_responses(connection)[0] for connection in connections]
     for connection in connections:
         connection.close()
@@ -5141,16 +5148,13 @@ def test_a_fault_in_a_batch_costs_no_other_request_its_order(tmp_path, database)
 def test_a_fault_in_a_batch_breaks_no_connection(tmp_path, database):
     server = Server(tmp_path).start(FAULTY_PROGRAM)
     server.product(stock=9)
-    other = lock(database)
     pipelined, waiting, faulty = (server.connect() for _ in range(3))
-    pipelined.sendall(order_request(2) + closing(GET_HEALTH))
     expecting = order_request(1).replace(b"Host: x", b"Host: x\r\nExpect: 100-continue", 1)
     head, body = expecting.split(b"{", 1)
-    waiting.sendall(order_request(2) + head)
-    faulty.sendall(closing(order_request(3)))
-    server("GET", "/healthz")  # by now they have all been read
-    other.execute("ROLLBACK")
-    other.close()
+    with in_one_batch(server, database):
+        pipelined.sendall(order_request(2) + closing(GET_HEALTH))
+        waiting.sendall(order_request(2) + head)
+        faulty.sendall(closing(order_request(3)))
     assert [response.status for response in read_responses(pipelined)] == [201, 200]
     assert [response.status for response in read_responses(faulty)] == [500]
     answer = b""
