@@ -632,6 +632,17 @@ def internal_error(error: Exception) -> Problem:
     return Problem(500, "Internal error; it has been logged.")
 
 
+Error = tuple[tuple, str]  # a path in a value, and a message that says what is right
+
+
+class ValidationError(Exception):
+    """A value breaks its schema."""
+
+    def __init__(self, errors: list[Error]):
+        super().__init__()
+        self.errors = errors
+
+
 # The one place where an exception becomes a response: by its class, or else by a base of it.
 PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     db.NotFound: lambda error: Problem(404, str(error)),
@@ -647,6 +658,7 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     ),
     db.ExcessiveStock: lambda error: invalid_body([(("change",), str(error))]),
     db.UnknownProducts: unknown_products,
+    ValidationError: lambda error: invalid_body(error.errors),
     db.UnknownPlace: lambda error: invalid_query([(("after",), str(error))]),
     db.DatabaseUnavailable: unavailable,
     Exception: internal_error,
@@ -783,10 +795,7 @@ def read_query(text: str | None, schema: dict) -> dict:
     for pair in parse_qsl(text, keep_blank_values=True, encoding="latin-1"):
         name, value = (part.encode("latin-1", "replace") for part in pair)
         read_parameter(name, value, schema, query, errors)
-    try:
-        query = compile_schema(schema)(query)
-    except ValidationError as error:
-        errors += error.errors
+    query = compile_schema(schema)(query, (), errors)
     if errors:
         raise invalid_query(errors)
     return query
@@ -926,10 +935,7 @@ def parse_body(raw: bytes, schema: dict) -> Any:
         raise Problem(400, f"The body is not UTF-8: see byte {error.start}.") from None
     except ValueError as error:
         raise Problem(400, f"The body is not JSON: {error}.") from None
-    try:
-        return compile_schema(schema)(value)
-    except ValidationError as error:
-        raise invalid_body(error.errors) from None
+    return validate(value, schema)
 
 
 def is_too_deep(raw: bytes) -> bool:
@@ -1097,17 +1103,18 @@ def create_app(
 
 # ------------------------------------------------------------------------------------- validation
 # compile_schema() makes of a schema a function that validates a value: it returns the value as the
-# routes work with it, or raises every error in it.
+# routes work with it, and adds every error in it, a path and a message, to a list.
 
-Validator = Callable[[Any], Any]
+Validator = Callable[[Any, tuple, list[Error]], Any]
 
 
-class ValidationError(Exception):
-    """A value breaks its schema: `errors` are paths in it, and messages that say what is right."""
-
-    def __init__(self, message: str = "", errors: list | None = None):
-        super().__init__(message)
-        self.errors = errors or [((), message)]
+def validate(value: Any, schema: dict) -> Any:
+    """The value as the routes work with it. Raises ValidationError with every error in it."""
+    errors: list[Error] = []
+    valid = compile_schema(schema)(value, (), errors)
+    if errors:
+        raise ValidationError(errors)
+    return valid
 
 
 def compile_schema(schema: dict) -> Validator:
@@ -1128,30 +1135,25 @@ def compile_object(schema: dict) -> Validator:
     required = schema["required"]
     least = schema.get("minProperties", 0)
 
-    def validate(value: Any) -> dict:
+    def validate_object(value: Any, path: tuple, errors: list[Error]) -> dict:
         if type(value) is not dict:
-            raise ValidationError("must be an object")
-        errors = [((name,), "is required") for name in required if name not in value]
+            errors.append((path, "must be an object"))
+            return {}
+        if len(value) < least:
+            errors.append((path, f"must have at least one of {names}"))
         if not value.keys() <= properties.keys():
-            unknown_errors = (((name,), unknown) for name in value if name not in properties)
-            errors = [*itertools.islice(unknown_errors, MAX_ERRORS), *errors]
-        elif len(value) < least:
-            raise ValidationError(f"must have at least one of {names}")
+            unknown_names = [name for name in value if name not in properties][:MAX_ERRORS]
+            errors += [(path + (name,), unknown) for name in unknown_names]
+            value = {name: value[name] for name in properties if name in value}
+        for name in required:
+            if name not in value:
+                errors.append((path + (name,), "is required"))
         fields = {}
-        for name in value.keys() & properties.keys() if errors else value:
-            try:
-                fields[name] = properties[name](value[name])
-            except ValidationError as error:
-                errors += prefix_errors(name, error)
-        if errors:
-            raise ValidationError(errors=errors)
+        for name, item in value.items():
+            fields[name] = properties[name](item, path + (name,), errors)
         return fields
 
-    return validate
-
-
-def prefix_errors(step: str | int, error: ValidationError) -> list:
-    return [((step, *path), message) for path, message in error.errors]
+    return validate_object
 
 
 def compile_array(schema: dict) -> Validator:
@@ -1160,31 +1162,29 @@ def compile_array(schema: dict) -> Validator:
     most = schema["maxItems"]
     key = schema.get("unique_by")
 
-    def validate(value: Any) -> list:
+    def validate_array(value: Any, path: tuple, errors: list[Error]) -> list:
         if type(value) is not list:
-            raise ValidationError("must be an array")
+            errors.append((path, "must be an array"))
+            return []
         if not least <= len(value) <= most:
-            raise ValidationError(f"must have {least} to {most} items, not {len(value)}")
+            errors.append((path, f"must have {least} to {most} items, not {len(value)}"))
+            return []
         items = []
-        errors = []
         for position, item in enumerate(value):
-            try:
-                items.append(validate_item(item))
-            except ValidationError as error:
-                errors += prefix_errors(position, error)
-                if len(errors) > MAX_ERRORS:
-                    break
+            items.append(validate_item(item, path + (position,), errors))
+            if len(errors) > MAX_ERRORS:
+                break
         if key:
-            errors += find_repeated(value, key)
-        if errors:
-            raise ValidationError(errors=errors)
+            errors += [
+                (path + (position,), message) for position, message in find_repeated(value, key)
+            ]
         return items
 
-    return validate
+    return validate_array
 
 
-def find_repeated(items: list, key: str) -> list:
-    """Errors for the items whose key an earlier item has."""
+def find_repeated(items: list, key: str) -> list[tuple[int, str]]:
+    """The positions of items whose key an earlier item has, each with a message."""
     # 1.0 and 1 are one id, and equal. True equals 1 too, and is none: its type tells.
     keys = {
         position: item[key]
@@ -1195,7 +1195,7 @@ def find_repeated(items: list, key: str) -> list:
         return []
     first: dict[int | Decimal, int] = {}
     return [
-        ((position,), f"repeats {key} {value}")
+        (position, f"repeats {key} {value}")
         for position, value in keys.items()
         if first.setdefault(value, position) != position
     ]
@@ -1208,37 +1208,43 @@ def compile_string(schema: dict) -> Validator:
     search = re.compile(schema.get("pattern", "")).search
     has_surrogate = re.compile("[\ud800-\udfff]").search
 
-    def validate(value: Any) -> str:
+    def validate_string(value: Any, path: tuple, errors: list[Error]) -> str:
+        message = ""
         if type(value) is not str:
-            raise ValidationError("must be a string")
-        if not least <= len(value) <= most:
-            raise ValidationError(f"must be {least} to {most} characters long, not {len(value)}")
-        if enum and value not in enum:
-            raise ValidationError(f"must be {' or '.join(enum)}")
-        if not search(value):
-            raise ValidationError(schema["message"])
-        if not value.isascii() and has_surrogate(value):
-            raise ValidationError("must be valid UTF-8, without unpaired surrogates")
+            message = "must be a string"
+        elif not least <= len(value) <= most:
+            message = f"must be {least} to {most} characters long, not {len(value)}"
+        elif enum and value not in enum:
+            message = f"must be {' or '.join(enum)}"
+        elif not search(value):
+            message = schema["message"]
+        elif not value.isascii() and has_surrogate(value):
+            message = "must be valid UTF-8, without unpaired surrogates"
+        if message:
+            errors.append((path, message))
         return value
 
-    return validate
+    return validate_string
 
 
 def compile_integer(schema: dict) -> Validator:
     least = schema["minimum"]
     most = schema["maximum"]
 
-    def validate(value: Any) -> int:
-        if type(value) is not int:  # not bool, which is an int to isinstance
-            if type(value) is not Decimal:
-                raise ValidationError("must be an integer")
-            if least <= value <= most and value != int(value):
-                raise ValidationError("must be an integer")
-        if not least <= value <= most:
-            raise ValidationError(f"must be {least} to {most}")
-        return int(value)
+    def validate_integer(value: Any, path: tuple, errors: list[Error]) -> int:
+        # Not isinstance(), to which True is an int.
+        is_whole = type(value) is int or (
+            type(value) is Decimal and value == value.to_integral_value()
+        )
+        if not is_whole:
+            errors.append((path, "must be an integer"))
+        elif not least <= value <= most:
+            errors.append((path, f"must be {least} to {most}"))
+        else:
+            return int(value)
+        return 0
 
-    return validate
+    return validate_integer
 
 
 def compile_number(schema: dict) -> Validator:
@@ -1246,25 +1252,28 @@ def compile_number(schema: dict) -> Validator:
     least = schema["minimum"]
     most = schema["maximum"]
 
-    def validate(value: Any) -> int:
-        if type(value) is not int and type(value) is not Decimal:
-            raise ValidationError("must be a number")
-        if not least <= value <= most:
-            raise ValidationError(f"must be {least} to {most}")
-        if type(value) is Decimal and value != value.quantize(Decimal("0.01")):
-            raise ValidationError("must have at most two decimals")
-        return int(value * 100)
+    def validate_number(value: Any, path: tuple, errors: list[Error]) -> int:
+        if type(value) not in (int, Decimal):
+            message = "must be a number"
+        elif not least <= value <= most:
+            message = f"must be {least} to {most}"
+        elif type(value) is Decimal and value != value.quantize(Decimal("0.01")):
+            message = "must have at most two decimals"
+        else:
+            return int(value * 100)
+        errors.append((path, message))
+        return 0
 
-    return validate
+    return validate_number
 
 
 def compile_boolean(schema: dict) -> Validator:
-    def validate(value: Any) -> bool:
+    def validate_boolean(value: Any, path: tuple, errors: list[Error]) -> bool:
         if type(value) is not bool:
-            raise ValidationError("must be true or false")
+            errors.append((path, "must be true or false"))
         return value
 
-    return validate
+    return validate_boolean
 
 
 COMPILERS = {
@@ -3018,7 +3027,7 @@ def validate_row(
         known.discard(product_id)
         row["id"] = product_id
     try:
-        row |= compile_schema(schema)(fields)
+        row |= validate(fields, schema)
     except ValidationError as error:
         messages += [f"{field_name(path)} {message}" for path, message in error.errors]
     return row, messages
