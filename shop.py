@@ -350,7 +350,8 @@ def update_product(store, product_id, body, if_match):
 def delete_product(store, product_id, if_match):
     """Delete a product; orders keep their lines."""
     store.delete_product(product_id, if_match=if_match)
-    return bottle.HTTPResponse(status=204)
+    bottle.response.status = 204
+    return b""
 
 
 @api.get(
@@ -414,7 +415,7 @@ def update_order(store, order_id, body, if_match):
     return order_response(store.update_order(order_id, if_match=if_match, **body))
 
 
-# Responses, as the routes make them.
+# Responses, as the routes make them: status and headers go to Bottle's own, the body comes back.
 
 json_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -424,23 +425,24 @@ def to_json(value) -> bytes:
     return (json_encode(value) + "\n").encode("utf-8", "replace")
 
 
-def json_response(value, status: int = 200, etag: str | None = None, /, **headers: str):
+def json_response(value, status: int = 200, etag: str | None = None, /, **headers: str) -> bytes:
     """A success: the value as JSON, or the bytes of JSON."""
-    body = value if isinstance(value, bytes) else to_json(value)
-    response = bottle.HTTPResponse(body, status, {"Content-Type": JSON, **headers})
+    response = bottle.response
+    response.status = status
+    response["Content-Type"] = JSON
+    for name, text in headers.items():
+        response[name] = text
     if etag:
-        response.set_header("ETag", f'"{etag}"')
-    return response
+        response["ETag"] = f'"{etag}"'
+    return value if isinstance(value, bytes) else to_json(value)
 
 
-def html_response(page: str):
+def html_response(page: str) -> bytes:
     """A page that runs and loads nothing but the style and the script in it."""
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": content_security_policy(page),
-        "Vary": "Accept",
-    }
-    return bottle.HTTPResponse(page.encode(), 200, headers)
+    bottle.response["Content-Type"] = "text/html; charset=utf-8"
+    bottle.response["Content-Security-Policy"] = content_security_policy(page)
+    bottle.response["Vary"] = "Accept"
+    return page.encode()
 
 
 @functools.lru_cache(maxsize=16)
@@ -487,16 +489,16 @@ def order_to_json(order: dict) -> dict:
     }
 
 
-def product_response(product: dict):
+def product_response(product: dict) -> bytes:
     return json_response(product_to_json(product), 200, db.etag(product))
 
 
-def order_response(order: dict):
+def order_response(order: dict) -> bytes:
     row = {name: value for name, value in order.items() if name != "lines"}
     return json_response(order_to_json(order), 200, db.etag(row))
 
 
-def page_response(path: str, name: str, items: str, query: dict, next_after: int | None):
+def page_response(path: str, name: str, items: str, query: dict, next_after: int | None) -> bytes:
     """A page of a collection: the JSON text of its items, and where the next page is."""
     url = next_url(path, query, next_after) if next_after else None
     body = f'{{"{name}":{items},"next":{json_encode(url)}}}\n'.encode()
@@ -740,33 +742,32 @@ class Plugin:
         key = environ.get("HTTP_IDEMPOTENCY_KEY")
         if key is not None and environ["REQUEST_METHOD"] == "POST":
             return self.respond_once(read_key(key), fingerprint(environ, raw), action)
-        response = action()
+        body = action()
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            response.headers.setdefault("Cache-Control", "no-cache")
-            return if_modified(response, environ)
-        return response
+            bottle.response.headers.setdefault("Cache-Control", "no-cache")
+            return if_modified(body, environ)
+        return body
 
     def respond_once(self, key: str, request_fingerprint: str, action: Callable):
         """The response to the first request with this key, stored with what it did."""
 
-        first: list[bottle.HTTPResponse] = []
+        response = bottle.response
 
         def storable() -> tuple:
-            first.append(action())
-            location, etag = (first[0].get_header(name) for name in ("Location", "ETag"))
-            return first[0].status_code, location, first[0].body.decode(), etag
+            body = action().decode()
+            location = response.get_header("Location")
+            return response.status_code, location, body, response.get_header("ETag")
 
         result, replayed = self.store.run_idempotent(key, request_fingerprint, storable)
-        if not replayed:
-            return first[0]
         status, location, body, *etag = result  # keys from before version 2 have no ETag
-        response = json_response(body.encode(), status)
-        if location:
-            response.set_header("Location", location)
-        if any(etag):
-            response.set_header("ETag", etag[0])
-        response.set_header("Idempotent-Replayed", "true")
-        return response
+        if replayed:
+            json_response(b"", status)
+            if location:
+                response["Location"] = location
+            if any(etag):
+                response["ETag"] = etag[0]
+            response["Idempotent-Replayed"] = "true"
+        return body.encode()
 
 
 def authorize(environ: dict, tokens: list[str]) -> None:
@@ -842,18 +843,19 @@ def matches(header: str, etag: str, *, weak: bool = False) -> bool:
     return any(tag == etag and (weak or not prefix) for prefix, tag in tags)
 
 
-def if_modified(response: bottle.HTTPResponse, environ: dict):
+def if_modified(body: bytes, environ: dict) -> bytes | Problem:
     """The response to a GET, or 412 or 304 as the request's conditions want (RFC 9110, 13.2.2)."""
-    etag = response.get_header("ETag", "").strip('"')
+    etag = bottle.response.get_header("ETag", "").strip('"')
     if not etag:
-        return response
+        return body
     if_match = environ.get("HTTP_IF_MATCH")
     if if_match is not None and not matches(if_match, etag):
         return precondition_failed()
     if_none_match = environ.get("HTTP_IF_NONE_MATCH")
     if if_none_match is not None and matches(if_none_match, etag, weak=True):
-        return bottle.HTTPResponse(status=304, headers=response.headerlist)
-    return response
+        bottle.response.status = 304
+        return b""
+    return body
 
 
 def read_key(header: str) -> str:
