@@ -1922,15 +1922,15 @@ DRAIN_LOCK_TIMEOUT = 2  # seconds after a signal for the write lock
 # so that each takes linear time.
 
 REQUEST_LINE = re.compile(
-    rb"""
+    r"""
     (?P<method> [!#$%&'*+.^_`|~0-9A-Z-]+ ) [ ]
     (?P<target> [^\x00-\x20\x7f#]+ ) [ ]  # bytes above 0x7f: curl sends what is typed
     HTTP/ (?P<version> 1\.[01] ) \r\n
     """,
     re.VERBOSE,
 )
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-FIELDS = re.compile(rb"(?:%b)*" % FIELD.pattern.replace(b"(", b"(?:"))
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELDS = re.compile(f"(?:{FIELD.pattern.replace('(', '(?:')})*")
 # What never becomes a head, however long one waits: no method at its start, a bare LF or CR.
 INVALID = re.compile(rb"\A[^!#$%&'*+.^_`|~0-9A-Za-z\r-]|(?<!\r)\n|\r[^\n]")
 # RFC 9110, 7.2, without the comma, which stands between the values of two headers.
@@ -1945,31 +1945,33 @@ class Head:
     """The request line and the fields of a request. Raises a Problem."""
 
     def __init__(self, raw: bytes):
-        line = REQUEST_LINE.match(raw)
-        if not line or not FIELDS.fullmatch(raw, line.end()):
+        text = raw.decode("latin-1")
+        line = REQUEST_LINE.match(text)
+        if not line or not FIELDS.fullmatch(text, line.end()):
             raise malformed(raw)
-        self.command = line["method"].decode()
-        self.version = line["version"].decode()
+        self.command = line["method"]
+        self.version = line["version"]
         self.environ: dict[str, str] = {}  # what a WSGI environ has of it
-        self.read_fields(FIELD.findall(raw, line.end()))
+        self.read_fields(FIELD.findall(text, line.end()))
         self.read_target(line["target"])
         self.read_framing()
         self.read_connection()
         self.cache_key = (self.target, *map(self.environ.get, CACHED_BY))
 
-    def read_fields(self, fields: list[tuple[bytes, bytes]]) -> None:
+    def read_fields(self, fields: list[tuple[str, str]]) -> None:
         for name, value in fields:
-            if b"_" in name:  # in environ it would pass for the name with a hyphen
+            if "_" in name:  # in environ it would pass for the name with a hyphen
                 continue
-            key = "HTTP_" + name.decode().upper().replace("-", "_")
-            text = value.strip(b" \t").decode("latin-1")
+            key = "HTTP_" + name.upper().replace("-", "_")
+            text = value.strip(" \t")
             self.environ[key] = f"{self.environ[key]}, {text}" if key in self.environ else text
         host = self.environ.get("HTTP_HOST", "" if self.version == "1.0" else None)
         if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
             raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
 
-    def read_target(self, raw: bytes) -> None:
-        target = raw.decode() if raw.isascii() else quote(raw, safe=string.printable)
+    def read_target(self, target: str) -> None:
+        if not target.isascii():
+            target = quote(target, safe=string.printable, encoding="latin-1")
         self.target = target
         if not target.startswith("/"):
             target = self.origin_form(target)
@@ -2147,7 +2149,7 @@ class RequestParser:
             require(limit >= 0)
             if line == b"\r\n":
                 return
-            require(FIELD.fullmatch(line))
+            require(FIELD.fullmatch(line.decode("latin-1")))
 
     def close(self) -> None:
         """Free the buffers of a request that has not come in full: its generator refers to it."""
@@ -2157,7 +2159,7 @@ class RequestParser:
 def malformed(head: bytes | bytearray) -> Problem:
     if INVALID.search(head):
         return Problem(400, "Malformed request: lines must end in CRLF.")
-    if not REQUEST_LINE.match(head):
+    if not REQUEST_LINE.match(head.decode("latin-1")):
         return Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
     return Problem(400, "Malformed header.")
 
