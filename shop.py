@@ -417,7 +417,9 @@ def update_order(store, order_id, body, if_match):
 
 # Responses, as the routes make them: status and headers go to Bottle's own, the body comes back.
 
-json_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+json_encode = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, separators=(",", ":")
+).encode
 
 
 def to_json(value) -> bytes:
@@ -704,6 +706,7 @@ class Plugin:
             self.tokens["admin"] = [admin_token]
         if admin_token and order_token:
             self.tokens["order"] = [admin_token, order_token]
+        self.secured = frozenset(self.tokens)
 
     def apply(self, callback: Callable, route: bottle.Route) -> Callable:
         spec = route.config.get("spec")
@@ -728,7 +731,7 @@ class Plugin:
             authorize(environ, self.tokens[spec.access])
         arguments = {
             "store": self.store,
-            "secured": frozenset(self.tokens),
+            "secured": self.secured,
             "query": read_query(environ.get("QUERY_STRING"), spec.query),
             **path_ids,
         }
@@ -1187,20 +1190,16 @@ def compile_array(schema: dict) -> Validator:
 
 def find_repeated(items: list, key: str) -> list[tuple[int, str]]:
     """The positions of items whose key an earlier item has, each with a message."""
-    # 1.0 and 1 are one id, and equal. True equals 1 too, and is none: its type tells.
-    keys = {
-        position: item[key]
-        for position, item in enumerate(items)
-        if type(item) is dict and type(item.get(key)) in (int, Decimal)
-    }
-    if len(keys) == len(set(keys.values())):
-        return []
-    first: dict[int | Decimal, int] = {}
-    return [
-        (position, f"repeats {key} {value}")
-        for position, value in keys.items()
-        if first.setdefault(value, position) != position
-    ]
+    repeated = []
+    seen = set()
+    for position, item in enumerate(items):
+        value = item.get(key) if type(item) is dict else None
+        # 1.0 and 1 are one id, and equal. True equals 1 too, and is none: its type tells.
+        if type(value) in (int, Decimal):
+            if value in seen:
+                repeated.append((position, f"repeats {key} {value}"))
+            seen.add(value)
+    return repeated
 
 
 def compile_string(schema: dict) -> Validator:
@@ -2190,7 +2189,7 @@ class Response(NamedTuple):
 
 def make_response(status: str, headers: list, body: bytes) -> Response:
     lines = [f"HTTP/1.1 {status}", *map(": ".join, headers), ""]
-    is_cacheable = any(name == "ETag" for name, _ in headers)
+    is_cacheable = "ETag" in dict(headers)
     return Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_cacheable)
 
 
