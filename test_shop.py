@@ -5292,6 +5292,23 @@ def written_bytes(folder):
     return {name: data for name, data in files.items() if not name.endswith("-shm")}
 
 
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k1"}])
+def test_an_order_whose_commit_fails_leaves_nothing_in_the_response(
+    shop, mug, monkeypatch, headers
+):
+    def fail():
+        raise db.DatabaseUnavailable("The disk is full.")
+
+    monkeypatch.setattr(shop.app.app.store, "_flush", fail)
+    response = shop.order((1, 1), **headers)
+    assert response.status_int == response.json["status"] == 503
+    assert response.json["detail"] == "The disk is full."
+    assert "Location" not in response.headers
+    monkeypatch.undo()
+    assert shop("GET", "/products/1/").json == mug
+    assert shop.order((1, 1), **headers).status_int == 201
+
+
 def test_an_order_that_is_refused_or_waits_for_the_lock_leaves_the_shop_healthy(
     make_shop, database
 ):
