@@ -751,9 +751,8 @@ class Plugin:
             return if_modified(body, environ)
         return body
 
-    def respond_once(self, key: str, request_fingerprint: str, action: Callable):
+    def respond_once(self, key: str, request_fingerprint: str, action: Callable) -> bytes:
         """The response to the first request with this key, stored with what it did."""
-
         response = bottle.response
 
         def storable() -> tuple:
@@ -763,14 +762,15 @@ class Plugin:
 
         result, replayed = self.store.run_idempotent(key, request_fingerprint, storable)
         status, location, body, *etag = result  # keys from before version 2 have no ETag
-        if replayed:
-            json_response(b"", status)
-            if location:
-                response["Location"] = location
-            if any(etag):
-                response["ETag"] = etag[0]
-            response["Idempotent-Replayed"] = "true"
-        return body.encode()
+        if not replayed:
+            return body.encode()
+        repeat = json_response(body.encode(), status)
+        if location:
+            response["Location"] = location
+        if any(etag):
+            response["ETag"] = etag[0]
+        response["Idempotent-Replayed"] = "true"
+        return repeat
 
 
 def authorize(environ: dict, tokens: list[str]) -> None:
