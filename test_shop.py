@@ -6569,6 +6569,7 @@ def selling(shop, products=3):
     """Four threads that order one piece each until the block ends; gives the ids of the orders."""
     stop = threading.Event()
     orders = []
+    counts = [0] * 4
 
     def buy(n):
         client = Client(shop.app.app)
@@ -6576,13 +6577,17 @@ def selling(shop, products=3):
             response = client.order((1 + n % products, 1))
             assert response.status_int == 201
             orders.append(response.json["id"])
+            counts[n] += 1
+
+    def everyone_buys():
+        aims = [count + 5 for count in counts]
+        wait_for(lambda: all(count > aim for count, aim in zip(counts, aims, strict=True)), 20)
 
     threads = start_threads(4, buy)
     try:
-        wait_for(lambda: len(orders) > 20)
+        everyone_buys()
         yield orders
-        so_far = len(orders)
-        wait_for(lambda: len(orders) > so_far + 20)
+        everyone_buys()
     finally:
         stop.set()
         join_all(threads)
