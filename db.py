@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
 MAX_ID = 10**18 - 1
@@ -1292,6 +1292,7 @@ MIGRATIONS = [
         ),
         fill=open_balances,
     ),
+    Migration(),  # 5 to 6: the check of orders.status
 ]
 
 

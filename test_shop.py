@@ -4040,6 +4040,36 @@ def test_a_file_grown_over_versions_has_the_schema_of_a_new_one(tmp_path):
     assert len(db.MIGRATIONS) == db.SCHEMA_VERSION
 
 
+def test_a_shop_of_schema_5_gets_the_checks_of_a_new_one(make_shop, database):
+    shop = make_shop()
+    shop.product()
+    shop.order((1, 1))
+    shop.app.app.close()
+    new = dump(database)
+    with connect(database) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        status = "status = 'pending' OR status = 'completed' OR status = 'cancelled'"
+        changed = connection.execute(
+            "UPDATE sqlite_schema SET sql = replace(sql, ?, ?) WHERE name = 'orders'",
+            (status, "status IN ('pending', 'completed', 'cancelled')"),
+        )
+        assert changed.rowcount == 1
+        connection.execute("PRAGMA user_version = 5")
+    assert dump(database) != new
+    make_shop().app.app.close()
+    assert dump(database) == new
+
+
+def test_an_order_makes_no_table_of_its_own(shop, database):
+    with connect(database) as connection:
+        rows = connection.execute(
+            "EXPLAIN INSERT INTO orders (total, created_at, reference) VALUES (1, '', '')"
+        ).fetchall()
+    opcodes = {opcode for _, opcode, *_ in rows}
+    assert "Insert" in opcodes
+    assert "OpenEphemeral" not in opcodes
+
+
 def fail_at_once(connection):
     raise sqlite3.OperationalError("planted")
 
