@@ -423,6 +423,13 @@ def test_the_detail_counts_the_errors_and_names_the_first_three(shop, body, deta
     assert shop("POST", "/products/", body).json["detail"] == detail
 
 
+def test_a_number_out_of_its_range_is_told_the_range_whatever_else_it_breaks(shop):
+    response = shop("POST", "/products/", {"name": "x", "price": 1_000_000.125, "stock": -0.5})
+    assert response.json["detail"] == (
+        "2 errors: price must be 0 to 1000000; stock must be 0 to 1000000000."
+    )
+
+
 @pytest.mark.parametrize(
     "body, detail",
     [
