@@ -33,7 +33,6 @@ MAX_ID = 10**18 - 1
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 PURGE_LIMIT = 4  # expired idempotency keys that go when a new one comes
-WAL_WARNING_BYTES = 100_000_000
 
 log = logging.getLogger("shop")
 
@@ -124,13 +123,6 @@ class OutcomeUnknown(DatabaseUnavailable):
             "The database failed while it stored this. It may or may not have been stored: "
             "check before you retry, or use an Idempotency-Key."
         )
-
-
-class IdsUsedUp(DatabaseUnavailable):
-    """AUTOINCREMENT has come to the end of what an id may be."""
-
-    def __init__(self) -> None:
-        super().__init__("The ids are used up: nothing more can be added to this database.")
 
 
 class DatabaseBusy(DatabaseUnavailable):
@@ -243,7 +235,6 @@ class Store:
         self._file_id: tuple | None = None  # device and inode of the file that is open
         self._next_look = 0.0  # at the files, by the monotonic clock
         self._is_lost = False  # the file at the path is another one
-        self._warned = ""
         try:
             if read_only:
                 self._check_current()
@@ -443,21 +434,16 @@ class Store:
         return file.st_ino, file.st_size, file.st_mtime_ns
 
     def _look_at_files(self) -> None:
-        """Once a second: is the file still there, and the WAL not too long?"""
+        """Check once a second that the file is still there."""
         now = time.monotonic()
         if not self._writer or (now < self._next_look and not self._is_lost):
             return
         self._next_look = now + 1
         self._check_file()
-        with contextlib.suppress(FileNotFoundError):
-            if self._wal.stat().st_size > WAL_WARNING_BYTES:
-                self._warn(
-                    f"The WAL {self._wal} has passed {WAL_WARNING_BYTES // 1_000_000} MB: a "
-                    "reader that stays open, such as a backup, keeps SQLite from checkpointing it."
-                )
 
     def _check_file(self) -> None:
         """Raise DatabaseUnavailable where the open file is no longer the one at the path."""
+        was_lost = self._is_lost
         self._is_lost = file_id(self.path) != self._file_id
         if not self._is_lost:
             return
@@ -467,13 +453,9 @@ class Store:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
             self._empty_wal()
-        self._warn(f"{self.path} has been deleted or replaced: restart the shop.")
+        if not was_lost:
+            log.warning(f"{self.path} has been deleted or replaced: restart the shop.")
         raise DatabaseUnavailable("The database file has been deleted or replaced.")
-
-    def _warn(self, message: str) -> None:
-        if self._warned != message:
-            self._warned = message
-            log.warning(message)
 
     # --- transactions
 
@@ -564,7 +546,7 @@ class Store:
         """Remember an error while writing that is the database's, and raise what it means."""
         meaning: BaseException = error
         if isinstance(error, sqlite3.Error):
-            meaning = IdsUsedUp() if self._are_ids_used_up(error) else translate_error(error)
+            meaning = translate_error(error)
         elif isinstance(error, DatabaseError):
             meaning = DatabaseUnavailable(str(error))
         # What lost a transaction has been noted when it failed.
@@ -574,15 +556,6 @@ class Store:
             self._empty_wal()  # where the disk is full, that may be all the next write needs
         if meaning is not error:
             raise meaning from error
-
-    def _are_ids_used_up(self, error: sqlite3.Error) -> bool:
-        """Whether that is what SQLite means by FULL."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
-            return False
-        with contextlib.suppress(sqlite3.Error):
-            [(greatest,)] = self._writer.execute("SELECT max(seq) FROM sqlite_sequence").fetchall()
-            return greatest is not None and greatest > MAX_ID
-        return False
 
     def _empty_wal(self) -> None:
         """Fold the WAL into the file, as far as that can be done now."""
@@ -761,8 +734,6 @@ class Store:
         before: what it was; note: why its stock changes.
         """
         [row] = connection.execute(SAVE_PRODUCT + " RETURNING *", product).fetchall()
-        if row["id"] > MAX_ID:
-            raise IdsUsedUp
         texts = ("name", "description")
         if before is None or any(row[name] != before[name] for name in texts):
             connection.execute(SAVE_SEARCH, search_row(row))
@@ -850,8 +821,6 @@ class Store:
               FROM sqlite_sequence
              WHERE name = 'product'
         """).fetchall()
-        if last + len(rows) > MAX_ID:
-            raise IdsUsedUp
         products = [
             {**PRODUCT_DEFAULTS, **row, "id": product_id}
             for product_id, row in enumerate(rows, last + 1)
@@ -929,8 +898,6 @@ class Store:
                 """,
                 order,
             ).lastrowid
-            if order_id and order_id > MAX_ID:
-                raise IdsUsedUp
             connection.executemany(
                 """
                 INSERT INTO order_line (order_id, product_id, position, name, price, quantity,

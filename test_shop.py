@@ -5723,34 +5723,9 @@ def test_the_wal_has_a_limit_to_which_it_shrinks(shop):
     store = shop.app.app.store
     [limit] = store._writer.execute("PRAGMA journal_size_limit").fetchone()
     assert 0 < limit <= 100_000_000
-    assert db.WAL_WARNING_BYTES == 100_000_000 or db.WAL_WARNING_BYTES == 100 << 20
 
 
-def test_one_line_in_the_log_says_why_the_wal_has_grown_large(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import db, shop; db.WAL_WARNING_BYTES = 300_000; raise SystemExit(shop.main([]))"
-    )
-    server.product(stock=10**6)
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM product").fetchall()
-        wal = database.with_name("db.sqlite3-wal")
-        while wal.stat().st_size < 200_000:
-            assert server.order().status == 201
-        assert server.stderr() == ""
-        while wal.stat().st_size < 400_000:
-            assert server.order().status == 201
-        wait_for(lambda: server.order().status == 201 and server.stderr())
-        for _ in range(20):
-            assert server.order().status == 201
-    assert server.end()[0] == 0
-    [line] = server.stderr().splitlines()
-    assert "WAL" in line
-    assert "read" in line
-    assert "checkpoint" in line
-
-
-# --- backups that were cut, and ids that are used up
+# --- backups that were cut
 
 
 def test_a_backup_removes_the_partial_copies_of_processes_that_are_gone(server, tmp_path):
@@ -5785,44 +5760,6 @@ def test_a_backup_that_would_keep_a_wal_fails_and_leaves_nothing(shop, mug, data
     for reader in readers:
         reader.close()
     assert list(tmp_path.glob("copy*")) == []
-
-
-LARGEST_ID = 10**18 - 1
-
-
-@pytest.mark.parametrize("last", [LARGEST_ID, LARGEST_ID + 1, 2**63 - 1])
-@pytest.mark.parametrize("table", ["product", "orders"])
-def test_ids_that_are_used_up_are_called_so_and_nothing_is_stored(shop, mug, database, table, last):
-    assert shop.order((1, 1)).status_int == 201
-    before = [shop("GET", path).json for path in ("/products/", "/orders/")]
-    with connect(database) as connection:
-        connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (last, table))
-    for headers in {}, {"Idempotency-Key": "k"}:
-        if table == "product":
-            response = shop("POST", "/products/", {"name": "x", "price": 1}, headers)
-        else:
-            response = shop.order((1, 1), **headers)
-        assert response.status_int == 503
-        assert "used up" in response.json["detail"]
-        assert "ids" in response.json["detail"]
-        assert "disk" not in response.json["detail"].lower()
-    assert [shop("GET", path).json for path in ("/products/", "/orders/")] == before
-
-
-@pytest.mark.parametrize("table", ["product", "orders"])
-def test_the_last_id_is_given_and_found_at_its_location(shop, mug, database, table):
-    assert shop.order((1, 1)).status_int == 201
-    with connect(database) as connection:
-        connection.execute(
-            "UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (LARGEST_ID - 1, table)
-        )
-    if table == "product":
-        response = shop("POST", "/products/", {"name": "x", "price": 1})
-    else:
-        response = shop.order((1, 1))
-    assert response.status_int == 201
-    assert response.json["id"] == LARGEST_ID
-    assert shop("GET", response.headers["Location"]).json == response.json
 
 
 # ---------------------------------------------------------------------------------------- ledger
