@@ -459,34 +459,34 @@ class Store:
 
     # --- transactions
 
-    def transaction(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """All or nothing: the connection that writes, for a `with` statement.
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run a block of writes that take effect together or not at all.
 
-        Commits at its end and rolls back on any exception. Inside a transaction of this thread it
-        is a step of that one, which cannot be committed any more where the step raises after its
-        first change. Raises as begin() and commit() do.
+        Yields the connection that writes. Commits at the end of the block; rolls back if the block
+        raises.
+
+        Inside another transaction of the same thread the block is a step of the outer one, which
+        alone commits. A step that raises before its first change leaves the outer transaction
+        intact. One that raises after a change condemns it: even if the error is caught, the outer
+        transaction rolls back and raises TransactionLost. A savepoint could undo just the step,
+        but SQLite copies every page that changes after one, a tenth of the CPU of an order; code
+        that checks everything before its first change has no need of it.
+
+        Raises DatabaseBusy if the write lock is not free within lock_timeout seconds,
+        OutcomeUnknown if the disk fails during the commit, or another DatabaseUnavailable.
         """
         if self._writer_thread == threading.get_ident():
-            return self._step()
-        return self._transaction()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self.begin()
-        try:
-            yield self._writer
-        except BaseException as error:
-            self.rollback()
-            self._note_failure(error)
-            raise
-        self.commit()
-
-    def begin(self) -> None:
-        """Take the write lock for this thread and begin a transaction.
-
-        Raises DatabaseBusy after lock_timeout seconds, DatabaseUnavailable where nothing can be
-        written at all.
-        """
+            self._require_transaction()
+            changes = self._writer.total_changes
+            try:
+                yield self._writer
+            except BaseException as error:
+                if self._writer.total_changes != changes:
+                    self._must_roll_back = True
+                self._note_failure(error)
+                raise
+            return
         if self.read_only:
             raise DatabaseUnavailable(
                 "This is a read-only copy of the shop: send writes to the shop itself."
@@ -495,40 +495,45 @@ class Store:
             raise DatabaseBusy("The database is busy.")
         try:
             if not self._writer:
-                self._open_writer()  # it was locked when the Store was made
+                self._open_writer()  # the file was locked when the Store was made
             # IMMEDIATE takes the write lock before the first read, so the stock that is checked
             # is the stock that is deducted.
             self._writer.execute("BEGIN IMMEDIATE")
+            self._writer_thread = threading.get_ident()
+            self._must_roll_back = False
+            yield self._writer
+            self._commit()
         except BaseException as error:
+            if self._writer and self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            self._note_failure(error)
+            raise
+        finally:
+            self._writer_thread = None
             self._writer_lock.release()
-            self._note_failure(error)
-            raise
-        self._writer_thread = threading.get_ident()
-        self._must_roll_back = False
 
-    def commit(self) -> None:
-        """Make durable what has happened since begin().
+    def batch(self) -> contextlib.AbstractContextManager[object]:
+        """A transaction for the writes of many requests, which then share one commit.
 
-        Raises OutcomeUnknown; or another DatabaseUnavailable, such as TransactionLost, and then
-        nothing has happened.
+        A write that fails before its first change does not affect the others; one that fails
+        after a change undoes them all. Raises DatabaseBusy or another DatabaseUnavailable before
+        the block runs; after it TransactionLost, OutcomeUnknown or another DatabaseUnavailable.
         """
-        try:
-            self._require_transaction()
-            self._check_file()
-            self._flush()
-        except BaseException as error:
-            self.rollback()
-            self._note_failure(error)
-            raise
-        self._write_error = None
-        self._release_writer()
+        return self.transaction()
 
-    def _flush(self) -> None:
-        """COMMIT, so that one that fails cannot come true after a crash.
+    def _require_transaction(self) -> None:
+        # After a full disk or an I/O error SQLite may have rolled back by itself.
+        if self._must_roll_back or not self._writer.in_transaction:
+            raise TransactionLost
 
-        When the disk fails to flush, the frames of the transaction stay in the WAL with their
-        commit mark. A small write, committed, goes over the first of them and makes the rest void.
+    def _commit(self) -> None:
+        """COMMIT.
+
+        If its fsync fails, the frames stay in the WAL and could be replayed after a crash; a small
+        committed write overwrites the first of them, which makes the rest void.
         """
+        self._require_transaction()
+        self._check_file()
         try:
             self._writer.execute("COMMIT")
         except sqlite3.Error as failure:
@@ -541,61 +546,28 @@ class Store:
             except sqlite3.Error as error:
                 raise OutcomeUnknown from error
             raise
+        self._write_error = None
 
     def _note_failure(self, error: BaseException) -> None:
-        """Remember an error while writing that is the database's, and raise what it means."""
-        meaning: BaseException = error
+        """Translate a SQLite error, remember it for check_health(), and raise it."""
+        failure: BaseException = error
         if isinstance(error, sqlite3.Error):
-            meaning = translate_error(error)
+            failure = translate_error(error)
         elif isinstance(error, DatabaseError):
-            meaning = DatabaseUnavailable(str(error))
-        # What lost a transaction has been noted when it failed.
-        is_noted = isinstance(meaning, (DatabaseBusy, TransactionLost))
-        if isinstance(meaning, DatabaseUnavailable) and not is_noted:
-            self._write_error = meaning
-            self._empty_wal()  # where the disk is full, that may be all the next write needs
-        if meaning is not error:
-            raise meaning from error
+            failure = DatabaseUnavailable(str(error))
+        # The error behind a TransactionLost was remembered when its step failed.
+        is_passing = isinstance(failure, (DatabaseBusy, TransactionLost))
+        if isinstance(failure, DatabaseUnavailable) and not is_passing:
+            self._write_error = failure
+            self._empty_wal()  # on a full disk this may make the room that the next write needs
+        if failure is not error:
+            raise failure from error
 
     def _empty_wal(self) -> None:
-        """Fold the WAL into the file, as far as that can be done now."""
+        """Fold the WAL into the file, as far as that is possible now."""
         if self._writer and not self._writer.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def rollback(self) -> None:
-        """Undo what has happened since begin()."""
-        try:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-        finally:
-            self._release_writer()
-
-    def _release_writer(self) -> None:
-        self._writer_thread = None
-        self._writer_lock.release()
-
-    def _require_transaction(self) -> None:
-        # After a full disk or an I/O error SQLite may have rolled back by itself.
-        if self._must_roll_back or not self._writer.in_transaction:
-            raise TransactionLost
-
-    @contextlib.contextmanager
-    def _step(self) -> Iterator[sqlite3.Connection]:
-        """A part of a transaction of this thread.
-
-        Not a savepoint: SQLite copies each page that is changed after one, a tenth of the CPU of
-        an order. Whoever checks everything before the first change loses nothing by that.
-        """
-        self._require_transaction()
-        changes = self._writer.total_changes
-        try:
-            yield self._writer
-        except BaseException as error:
-            if self._writer.total_changes != changes:
-                self._must_roll_back = True
-            self._note_failure(error)
-            raise
 
     # --- products
 

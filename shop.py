@@ -2608,7 +2608,8 @@ class Loop:
     def begin(self, writers: list[Channel]) -> bool:
         """Begin the transaction of a batch; while another process has the lock, writes wait."""
         try:
-            self.store.begin()
+            self.batch = self.store.batch()
+            self.batch.__enter__()
             return True
         except db.DatabaseBusy:
             now = time.perf_counter()
@@ -2673,7 +2674,7 @@ class Loop:
         """Commit the work of the writers; return those that are to be served again."""
         self.alone = max(self.alone - 1, 0)
         try:
-            self.store.commit()
+            self.batch.__exit__(None, None, None)
         except db.DatabaseUnavailable as error:
             is_lost = isinstance(error, db.TransactionLost)
             if is_lost and len(writers) > 1:

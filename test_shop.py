@@ -2861,15 +2861,13 @@ def test_a_failed_commit_is_reported_to_all_that_shared_it_and_undone(database):
     store.create_product(name="x", price=1, stock=9)
     one = [{"product_id": 1, "quantity": 1}]
     nine = [{"product_id": 1, "quantity": 9}]
-    store.begin()
-    store.create_order(one)
-    with pytest.raises(db.InsufficientStock):
-        store.create_order(nine)
-    store._writer.execute("ROLLBACK")  # as SQLite does by itself when the disk is full
-    with pytest.raises(db.DatabaseUnavailable):
+    with pytest.raises(db.TransactionLost), store.batch():
         store.create_order(one)
-    with pytest.raises(db.DatabaseUnavailable):
-        store.commit()
+        with pytest.raises(db.InsufficientStock):
+            store.create_order(nine)
+        store._writer.execute("ROLLBACK")  # as SQLite does by itself when the disk is full
+        with pytest.raises(db.TransactionLost):
+            store.create_order(one)
     assert store.get_product(1)["stock"] == 9
     assert store.list_orders() == ([], None)
     assert store.create_order(nine)["id"] == 1
@@ -5216,9 +5214,10 @@ def test_a_fault_alone_is_told_once(tmp_path):
     assert server.end()[0] == 0
 
 
-def test_a_step_of_a_transaction_that_is_refused_leaves_the_others(tmp_path):
+@pytest.mark.parametrize("begin", [db.Store.transaction, db.Store.batch])
+def test_a_step_of_a_transaction_that_is_refused_leaves_the_others(tmp_path, begin):
     store = db.Store(tmp_path / "steps")
-    with store.transaction():
+    with begin(store):
         for name, stock in ("Mug", 5), ("Jug", 1):
             store.create_product(name=name, price=999, stock=stock)
         mug, jug, none = ({"product_id": number, "quantity": 2} for number in (1, 2, 3))
@@ -5233,6 +5232,18 @@ def test_a_step_of_a_transaction_that_is_refused_leaves_the_others(tmp_path):
     store.close()
 
 
+def test_a_batch_that_finds_the_database_locked_does_not_begin(database):
+    store = db.Store(database, lock_timeout=0)
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(db.DatabaseBusy), store.batch():
+            pytest.fail("The block runs.")
+    with store.batch():
+        store.create_product(name="Mug", price=999)
+    assert store.get_product(1)["name"] == "Mug"
+    store.close()
+
+
 def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
     store = db.Store(tmp_path / "steps")
 
@@ -5240,14 +5251,12 @@ def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
         store.create_product(name="Jug", price=999)
         raise RuntimeError("planted")
 
-    store.begin()
-    store.create_product(name="Mug", price=999)
-    with pytest.raises(RuntimeError, match="planted"):
-        store.run_idempotent("key", "fingerprint", fail)
-    with pytest.raises(db.TransactionLost):
-        store.create_product(name="Pot", price=999)
-    with pytest.raises(db.TransactionLost):
-        store.commit()
+    with pytest.raises(db.TransactionLost), store.batch():
+        store.create_product(name="Mug", price=999)
+        with pytest.raises(RuntimeError, match="planted"):
+            store.run_idempotent("key", "fingerprint", fail)
+        with pytest.raises(db.TransactionLost):
+            store.create_product(name="Pot", price=999)
     with pytest.raises(db.TransactionLost), store.transaction() as connection:
         with pytest.raises(RuntimeError, match="planted"):
             store.run_idempotent("key", "fingerprint", fail)
@@ -5336,7 +5345,7 @@ def test_an_order_whose_commit_fails_leaves_nothing_in_the_response(
     def fail():
         raise db.DatabaseUnavailable("The disk is full.")
 
-    monkeypatch.setattr(shop.app.app.store, "_flush", fail)
+    monkeypatch.setattr(shop.app.app.store, "_commit", fail)
     response = shop.order((1, 1), **headers)
     assert response.status_int == response.json["status"] == 503
     assert response.json["detail"] == "The disk is full."
