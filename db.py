@@ -995,51 +995,47 @@ class Store:
 
     # --- idempotency
 
-    def run_idempotent(
-        self, key: str, fingerprint: str, action: Callable[[], object]
-    ) -> tuple[Any, bool]:
-        """Run action() and store its result under `key` in the same transaction; a repeat gets
-        that result instead.
+    def get_idempotent(self, key: str, fingerprint: str) -> Any | None:
+        """The result stored under an idempotency key in the last KEY_TTL seconds, or None.
 
-        fingerprint: of the request. action: changes the shop and returns a value that JSON can
-        carry. Returns the result, and whether it is a repeat's. Raises IdempotencyKeyReused
-        where the key came with another request, and what action raises; nothing is stored then.
-        Keys live KEY_TTL seconds.
+        fingerprint: of the request. Call it inside transaction(), so that no other request with
+        the key can come between this and save_idempotent(). Raises IdempotencyKeyReused.
         """
-        with self.transaction() as connection:
-            expired = timestamp(KEY_TTL)
-            stored = connection.execute(
-                """
-                SELECT fingerprint, answer
-                  FROM idempotency_key
-                 WHERE key = :key AND created_at >= :expired
-                """,
-                {"key": key, "expired": expired},
-            ).fetchone()
-            if stored and stored["fingerprint"] != fingerprint:
-                raise IdempotencyKeyReused
-            if stored:
-                return json.loads(stored["answer"]), True
-            result = action()
-            connection.execute(
-                """
-                INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
-                VALUES (:key, :fingerprint, :answer, :now)
-                """,
-                {
-                    "key": key,
-                    "fingerprint": fingerprint,
-                    "answer": json.dumps(result),
-                    "now": timestamp(),
-                },
-            )
-            if expired != self._purged:
-                self._purge_keys(connection, expired)
-        return result, False
+        stored = self._writer.execute(
+            """
+            SELECT fingerprint, answer
+              FROM idempotency_key
+             WHERE key = :key AND created_at >= :expired
+            """,
+            {"key": key, "expired": timestamp(KEY_TTL)},
+        ).fetchone()
+        if stored is None:
+            return None
+        if stored["fingerprint"] != fingerprint:
+            raise IdempotencyKeyReused
+        return json.loads(stored["answer"])
 
-    def _purge_keys(self, connection: sqlite3.Connection, expired: str) -> None:
-        """Delete a few keys that are older than `expired`, more than come meanwhile."""
-        purged = connection.execute(
+    def save_idempotent(self, key: str, fingerprint: str, result: object) -> None:
+        """Store the result of the request with this key, in the transaction of its work.
+
+        result: any value that JSON can carry, except None. A few expired keys are deleted.
+        """
+        self._writer.execute(
+            """
+            INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
+            VALUES (:key, :fingerprint, :answer, :now)
+            """,
+            {
+                "key": key,
+                "fingerprint": fingerprint,
+                "answer": json.dumps(result),
+                "now": timestamp(),
+            },
+        )
+        expired = timestamp(KEY_TTL)
+        if expired == self._purged:
+            return
+        purged = self._writer.execute(
             """
             DELETE FROM idempotency_key
              WHERE id IN (SELECT id
@@ -1051,7 +1047,7 @@ class Store:
             {"expired": expired, "limit": PURGE_LIMIT},
         ).rowcount
         if purged < PURGE_LIMIT:
-            self._purged = expired  # no other expires before the next second
+            self._purged = expired  # no other key expires before the next second
 
 
 SELECT_PRODUCT = "SELECT * FROM product WHERE id = :id"

@@ -755,21 +755,21 @@ class Plugin:
     def respond_once(self, key: str, request_fingerprint: str, action: Callable) -> bytes:
         """The response to the first request with this key, stored with what it did."""
         response = bottle.response
-
-        def storable() -> tuple:
-            body = action().decode()
-            location = response.get_header("Location")
-            return response.status_code, location, body, response.get_header("ETag")
-
-        result, replayed = self.store.run_idempotent(key, request_fingerprint, storable)
-        status, location, body, *etag = result  # keys from before version 2 have no ETag
-        if not replayed:
-            return body.encode()
+        with self.store.transaction():
+            stored = self.store.get_idempotent(key, request_fingerprint)
+            if stored is None:
+                done = action()
+                location = response.get_header("Location")
+                etag = response.get_header("ETag")
+                result = [response.status_code, location, done.decode(), etag]
+                self.store.save_idempotent(key, request_fingerprint, result)
+                return done
+        status, location, body, *etags = stored  # keys from before version 2 have no ETag
         repeat = json_response(body.encode(), status)
         if location:
             response["Location"] = location
-        if any(etag):
-            response["ETag"] = etag[0]
+        if any(etags):
+            response["ETag"] = etags[0]
         response["Idempotent-Replayed"] = "true"
         return repeat
 

@@ -5248,22 +5248,37 @@ def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
     store = db.Store(tmp_path / "steps")
 
     def fail():
-        store.create_product(name="Jug", price=999)
-        raise RuntimeError("planted")
+        with pytest.raises(RuntimeError, match="planted"), store.transaction():
+            store.create_product(name="Jug", price=999)
+            store.save_idempotent("key", "fingerprint", "result")
+            raise RuntimeError("planted")
 
     with pytest.raises(db.TransactionLost), store.batch():
         store.create_product(name="Mug", price=999)
-        with pytest.raises(RuntimeError, match="planted"):
-            store.run_idempotent("key", "fingerprint", fail)
+        fail()
         with pytest.raises(db.TransactionLost):
             store.create_product(name="Pot", price=999)
     with pytest.raises(db.TransactionLost), store.transaction() as connection:
-        with pytest.raises(RuntimeError, match="planted"):
-            store.run_idempotent("key", "fingerprint", fail)
+        fail()
         connection.execute("DELETE FROM product")  # does not slip past the transaction
     assert store.list_products() == ("", None)
+    with store.transaction():
+        assert store.get_idempotent("key", "fingerprint") is None
     store.check_health()
     assert store.create_product(name="Cup", price=999)["id"] == 1
+    store.close()
+
+
+def test_a_result_is_stored_for_the_request_it_belongs_to(tmp_path):
+    store = db.Store(tmp_path / "keys")
+    with store.transaction():
+        assert store.get_idempotent("key", "fingerprint") is None
+        store.save_idempotent("key", "fingerprint", [201, None, "body"])
+    with store.transaction():
+        assert store.get_idempotent("key", "fingerprint") == [201, None, "body"]
+        assert store.get_idempotent("other", "fingerprint") is None
+        with pytest.raises(db.IdempotencyKeyReused):
+            store.get_idempotent("key", "other")
     store.close()
 
 
