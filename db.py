@@ -571,60 +571,69 @@ class Store:
 
     # --- products
 
-    def list_products(
+    def list_products(self, **query: Any) -> tuple[list[dict], int | None]:
+        """The products, all of them or a page, and the id to continue after, or None.
+
+        q: only products with each of these words in name or description, in any order, ignoring
+        case and accents. available: only those with stock (True) or without (False). sort: a key
+        of PRODUCT_ORDERS. after, limit: the page. All are optional. Raises UnknownPlace.
+        """
+        sql, parameters = self._select_products(PRODUCT_COLUMNS, **query)
+        rows, next_after = cut_page(self._read(sql, parameters), query.get("limit"))
+        return [dict(row) for row in rows], next_after
+
+    def list_products_json(self, **query: Any) -> tuple[str, int | None]:
+        """The same as the text of JSON objects joined by commas, with prices as decimals.
+
+        SQLite renders it, three times as fast as json.dumps and without holding the interpreter.
+        """
+        sql, parameters = self._select_products(PRODUCT_JSON, **query)
+        if query.get("limit") is None:
+            [(text,)] = self._read("SELECT group_concat(json) FROM (" + sql + ")", parameters)
+            return text or "", None
+        rows, next_after = cut_page(self._read(sql, parameters), query["limit"])
+        return ",".join(row["json"] for row in rows), next_after
+
+    def _select_products(
         self,
+        columns: str,
         *,
         q: str | None = None,
         available: bool | None = None,
         sort: str = "id",
         after: int = 0,
         limit: int | None = None,
-    ) -> tuple[str, int | None]:
-        """The products as the text of JSON objects, and the id to go on after, or None.
-
-        q: only products that have each of these words in name or description, in any order,
-        ignoring case and accents. available: only those with stock, or without. sort: a key of
-        PRODUCT_ORDERS. after, limit: a page. SQLite renders and joins the rows, three times as
-        fast as json.dumps and without holding the interpreter, so prices are decimals here, not
-        cents. Raises UnknownPlace.
-        """
+    ) -> tuple[str, dict]:
+        """The statement that reads these columns of the products, and its parameters."""
         words = sorted(set(fold(q or "").split()), key=len)
         conditions = []
         if available is not None:
             conditions.append("(stock > 0) = :available")
         if words:
-            conditions.append("instr(words, :longest_word)")  # the rarest, most likely
+            conditions.append("instr(words, :longest_word)")  # most likely the rarest
         if len(words) > 1:
             conditions.append(HAS_OTHER_WORDS)
         by_name = sort.endswith("name")
-        select = SEARCH_PRODUCTS if words or by_name else SELECT_PRODUCTS
-        sql = select_page(select, conditions, PRODUCT_ORDERS[sort], after)
+        source = SEARCHED_PRODUCTS if words or by_name else " FROM product"
         parameters: dict[str, Any] = {
             "longest_word": words.pop() if words else None,
             "other_words": json.dumps(words),
             "available": available,
             "after": after,
-            "limit": limit + 1 if limit else -1,
+            "limit": -1 if limit is None else limit + 1,
         }
         if after and not sort.endswith("id"):
-            parameters["value"] = self._sort_value(after, by_name)
-        if not limit:
-            [(text,)] = self._read("SELECT group_concat(json) FROM (" + sql + ")", parameters)
-            return text or "", None
-        rows, next_after = cut_page(self._read(sql, parameters), limit)
-        return ",".join(row["json"] for row in rows), next_after
-
-    def _sort_value(self, product_id: int, by_name: bool) -> object:
-        """What a product is sorted by. Raises UnknownPlace."""
-        rows = self._read(SELECT_PRODUCT, {"id": product_id})
-        if not rows:
-            raise UnknownPlace(product_id)
-        return rows[0]["name"].casefold() if by_name else rows[0]["price"]
+            rows = self._read(SELECT_PRODUCT, {"id": after})
+            if not rows:
+                raise UnknownPlace(after)
+            parameters["value"] = rows[0]["name"].casefold() if by_name else rows[0]["price"]
+        select = "SELECT " + columns + source
+        return select_page(select, conditions, PRODUCT_ORDERS[sort], after), parameters
 
     def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
         rows = self._read(SELECT_PRODUCT, {"id": product_id})
-        return public_columns(self._one("product", product_id, rows))
+        return self._one("product", product_id, rows)
 
     def create_product(self, **fields: Any) -> dict:
         """Add a product and return it.
@@ -690,7 +699,7 @@ class Store:
     ) -> dict:
         """The product as it is under the write lock. Raises NotFound, PreconditionFailed."""
         rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
-        product = public_columns(self._one("product", product_id, rows))
+        product = self._one("product", product_id, rows)
         check_precondition(product, if_match)
         return product
 
@@ -705,14 +714,15 @@ class Store:
 
         before: what it was; note: why its stock changes.
         """
-        [row] = connection.execute(SAVE_PRODUCT + " RETURNING *", product).fetchall()
+        statement = SAVE_PRODUCT + " RETURNING " + PRODUCT_COLUMNS
+        [row] = connection.execute(statement, product).fetchall()
         texts = ("name", "description")
         if before is None or any(row[name] != before[name] for name in texts):
             connection.execute(SAVE_SEARCH, search_row(row))
         change = row["stock"] - (before["stock"] if before else 0)
         if change:
             self._record_movement(connection, row["id"], change, note=note)
-        return public_columns(row)
+        return dict(row)
 
     @staticmethod
     def _record_movement(
@@ -756,8 +766,7 @@ class Store:
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             with contextlib.closing(self._connect(mode)) as reader:
-                for row in reader.execute("SELECT * FROM product ORDER BY id"):
-                    yield public_columns(row)
+                yield from map(dict, reader.execute(SELECT_PRODUCTS + " ORDER BY id"))
         except sqlite3.Error as error:
             raise translate_error(error) from error
 
@@ -767,23 +776,18 @@ class Store:
         rows: fields as in create_product; one with an id changes the fields it has of that
         product. Raises NotFound, and then nothing is changed.
         """
-        added = 0
+        new = []
         changed = 0
-        new: list[dict] = []
         with self.transaction() as connection:
             for row in rows:
                 if row.get("id") is None:
                     new.append(row)
-                    added += 1
-                else:
-                    product = self._lock_product(connection, row["id"], None)
-                    self._save_product(connection, {**product, **row}, product, "import")
-                    changed += 1
-                if len(new) == 1000:
-                    self._insert_products(connection, new)
-                    new.clear()
+                    continue
+                product = self._lock_product(connection, row["id"], None)
+                self._save_product(connection, {**product, **row}, product, "import")
+                changed += 1
             self._insert_products(connection, new)
-        return added, changed
+        return len(new), changed
 
     @staticmethod
     def _insert_products(connection: sqlite3.Connection, rows: list[dict]) -> None:
@@ -1050,21 +1054,19 @@ class Store:
             self._purged = expired  # no other key expires before the next second
 
 
-SELECT_PRODUCT = "SELECT * FROM product WHERE id = :id"
-SELECT_PRODUCTS = """
-    SELECT product.id AS id,
-           json_object('id', product.id, 'name', name, 'description', description,
-                       'price', price / 100.0, 'stock', stock) AS json
-      FROM product
+PRODUCT_COLUMNS = "id, name, description, price, stock"
+PRODUCT_JSON = """
+    id, json_object('id', id, 'name', name, 'description', description, 'price', price / 100.0,
+                    'stock', stock) AS json
 """
-# CROSS JOIN makes SQLite look into the words first, and fetch only the products that have them.
-SEARCH_PRODUCTS = SELECT_PRODUCTS.replace(
-    "FROM product", "FROM product_search CROSS JOIN product ON product.id = product_id"
-)
-# How a page goes on behind an item, and its order: equal values go by id. Each has its index.
-PRODUCT_ORDERS = {
-    "id": ("product.id > :after", "product.id"),
-    "-id": ("product.id < :after", "product.id DESC"),
+SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
+SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
+# CROSS JOIN makes SQLite search the words first, and fetch only the products that have them.
+SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product ON id = product_id"
+# The condition that continues a page after an item, and the order. Equal values go by id. Each
+# order has its index.
+ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
+PRODUCT_ORDERS = ID_ORDERS | {
     "name": (
         "(sort_name, product_id) > (:value, :after)",
         "sort_name, product_id",
@@ -1074,15 +1076,14 @@ PRODUCT_ORDERS = {
         "sort_name DESC, product_id",
     ),
     "price": (
-        "(price, product.id) > (:value, :after)",
-        "price, product.id",
+        "(price, id) > (:value, :after)",
+        "price, id",
     ),
     "-price": (
-        "price <= :value AND (price < :value OR product.id > :after)",
-        "price DESC, product.id",
+        "price <= :value AND (price < :value OR id > :after)",
+        "price DESC, id",
     ),
 }
-ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 SELECT_MOVEMENTS = """
     SELECT id, change, stock, order_id, note, created_at
       FROM every_movement
@@ -1113,10 +1114,11 @@ def select_page(select: str, conditions: list[str], order: tuple[str, str], afte
     return " ".join([select, "WHERE", where, "ORDER BY", order_by, "LIMIT :limit"])
 
 
-def cut_page(rows: list[sqlite3.Row], limit: int) -> tuple[list[sqlite3.Row], int | None]:
-    """The page out of rows of which one too many was read, and the id to go on after, or None."""
-    next_after = rows[limit - 1]["id"] if len(rows) > limit else None
-    return rows[:limit], next_after
+def cut_page(rows: list[sqlite3.Row], limit: int | None) -> tuple[list[sqlite3.Row], int | None]:
+    """The page out of rows, one of them too many if more follow; and the id to continue after."""
+    if limit is None or len(rows) <= limit:
+        return rows, None
+    return rows[:limit], rows[limit - 1]["id"]
 
 
 def ids_of(rows: list) -> dict:
@@ -1130,11 +1132,6 @@ def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
         line = dict(row)
         by_id[line.pop("order_id")]["lines"].append(line)
     return list(by_id.values())
-
-
-def public_columns(row: dict | sqlite3.Row) -> dict:
-    """A product without its count of movements, which is the ledger's."""
-    return {name: value for name, value in dict(row).items() if name != "movements"}
 
 
 def shortage(product_id: int, requested: int, available: int) -> dict:

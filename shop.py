@@ -319,7 +319,7 @@ def list_products(store, query):
 
     With limit a page: next, and the header Link, name the one that follows.
     """
-    products, next_after = store.list_products(**query)
+    products, next_after = store.list_products_json(**query)
     return page_response("/products/", "products", f"[{products}]", query, next_after)
 
 

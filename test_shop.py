@@ -4773,11 +4773,11 @@ def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
 SLOW_LISTS = """
 import time, db, shop
 
-def list_slowly(store, list_products=db.Store.list_products, **query):
+def list_slowly(store, list_products=db.Store.list_products_json, **query):
     time.sleep(0.5)
     return list_products(store, **query)
 
-db.Store.list_products = list_slowly
+db.Store.list_products_json = list_slowly
 raise SystemExit(shop.main([]))
 """
 
@@ -5261,11 +5261,28 @@ def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(tmp_path):
     with pytest.raises(db.TransactionLost), store.transaction() as connection:
         fail()
         connection.execute("DELETE FROM product")  # does not slip past the transaction
-    assert store.list_products() == ("", None)
+    assert store.list_products() == ([], None)
     with store.transaction():
         assert store.get_idempotent("key", "fingerprint") is None
     store.check_health()
     assert store.create_product(name="Cup", price=999)["id"] == 1
+    store.close()
+
+
+def test_products_are_listed_in_cents_as_they_are_read_one_by_one(tmp_path):
+    store = db.Store(tmp_path / "lists")
+    mug = store.create_product(name="Blue Mug", price=999, stock=5)
+    jug = store.create_product(name="Blue Jug", price=450)
+    assert store.get_product(1) == mug
+    assert store.list_products() == ([mug, jug], None)
+    assert store.list_products(sort="-id", limit=1) == ([jug], 2)
+    assert store.list_products(sort="price", after=2, limit=1) == ([mug], None)
+    assert store.list_products(q="mug", available=True) == ([mug], None)
+    text, next_after = store.list_products_json(sort="name", limit=1)
+    assert json.loads(text) == jug | {"price": 4.5}
+    assert next_after == 2
+    with pytest.raises(db.UnknownPlace):
+        store.list_products(sort="name", after=9)
     store.close()
 
 
