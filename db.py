@@ -1,9 +1,9 @@
-"""The Store: connections, transactions and every SQL statement of the shop.
+"""The database of the shop: connections, transactions and every SQL statement.
 
-What a request or a response is, shop.py knows; what must never be true, schema.sql refuses.
-Money is whole cents in every argument and result, stock is in pieces, a time is UTC as in
-2026-11-22T10:15:30Z. Many threads may share a Store: each has a connection of its own to read
-with, and all share the one that writes.
+This file knows nothing of HTTP, which is shop.py's; schema.sql enforces what must always be true.
+Money is whole cents in every argument and result, stock is in pieces, and times are UTC, written
+as 2026-11-22T10:15:30Z. A Store may be shared by many threads: each has its own connection for
+reading, and all share the one that writes.
 
     store = Store("db.sqlite3")
     mug = store.create_product(name="Mug", price=999, stock=5)
@@ -29,10 +29,10 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 6
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
-MAX_ID = 10**18 - 1
+MAX_ID = 10**18 - 1  # the greatest that a request may name
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
-PURGE_LIMIT = 4  # expired idempotency keys that go when a new one comes
+PURGE_LIMIT = 4  # expired idempotency keys that are deleted when one is saved
 
 log = logging.getLogger("shop")
 
@@ -41,14 +41,14 @@ log = logging.getLogger("shop")
 
 
 class NotFound(Exception):
-    """No such product or order."""
+    """There is no such product or order."""
 
     def __init__(self, kind: str, row_id: int):
         super().__init__(f"There is no {kind} {row_id}.")
 
 
 class UnknownProducts(Exception):
-    """Lines of an order name products that do not exist; `lines` maps their positions to ids."""
+    """Lines of an order name missing products; `lines` maps their positions to product ids."""
 
     def __init__(self, lines: dict[int, int]):
         super().__init__(f"There are no products {', '.join(map(str, lines.values()))}.")
@@ -56,29 +56,28 @@ class UnknownProducts(Exception):
 
 
 class UnknownPlace(Exception):
-    """A page cannot go on after a product that no longer exists: its place is unknown."""
+    """A page cannot continue after a product that no longer exists: its place is unknown."""
 
     def __init__(self, product_id: int):
         super().__init__(f"names product {product_id}, which does not exist: its place is unknown")
 
 
 class InsufficientStock(Exception):
-    """`shortages` has product_id, requested and available of every line, in pieces."""
+    """`shortages` has product_id, requested and available, in pieces, for every short line."""
 
     def __init__(self, shortages: list[dict]):
-        super().__init__(" ".join(map(self.describe, shortages)))
-        self.shortages = shortages
-
-    @staticmethod
-    def describe(shortage: dict) -> str:
-        return (
-            f"Product {shortage['product_id']} has {shortage['available']} left, "
-            f"{shortage['requested']} were asked for."
+        super().__init__(
+            " ".join(
+                f"Product {line['product_id']} has {line['available']} left, "
+                f"{line['requested']} were asked for."
+                for line in shortages
+            )
         )
+        self.shortages = shortages
 
 
 class ExcessiveStock(Exception):
-    """A change would lift a product's stock over MAX_STOCK."""
+    """A change would raise a product's stock above MAX_STOCK."""
 
     def __init__(self, stock: int):
         super().__init__(
@@ -87,36 +86,36 @@ class ExcessiveStock(Exception):
 
 
 class InvalidTransition(Exception):
-    """An order that is no longer pending keeps its status."""
+    """The status of an order cannot change in this way."""
 
     def __init__(self, order_id: int, status: str, requested: str):
         super().__init__(
             f"Order {order_id} is {status} and cannot become {requested}: "
-            f"only a pending order changes."
+            "only a pending order changes."
         )
 
 
 class PreconditionFailed(Exception):
-    """The row is not in the state that the caller requires."""
+    """The row does not meet the caller's Precondition."""
 
 
 class IdempotencyKeyReused(Exception):
-    """The idempotency key belongs to another request."""
+    """The idempotency key was used for another request."""
 
 
 class DatabaseUnavailable(Exception):
-    """The database cannot do this now, and nothing was changed."""
+    """The database cannot do this now. Nothing was changed."""
 
 
 class TransactionLost(DatabaseUnavailable):
-    """The transaction cannot be committed: one of its steps failed after a change."""
+    """The transaction cannot commit, because one of its steps failed after a change."""
 
     def __init__(self) -> None:
         super().__init__("The transaction was rolled back.")
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """A commit failed so that what it held may, or may not, be there after a crash."""
+    """A commit failed, and its changes may or may not exist after a crash."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -130,7 +129,7 @@ class DatabaseBusy(DatabaseUnavailable):
 
 
 class DatabaseError(Exception):
-    """The file cannot serve as the shop's database, and was left as it is."""
+    """The file cannot be used as the shop's database. It was not changed."""
 
 
 BUSY_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -146,9 +145,7 @@ UNAVAILABLE_CODES = {
 
 
 def translate_error(error: sqlite3.Error) -> Exception:
-    """The exception to raise for an error of SQLite's: itself where a statement of ours is to
-    blame.
-    """
+    """The exception to raise for a SQLite error: the error itself if our statement is at fault."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code in BUSY_CODES:
         return DatabaseBusy("The database is busy.")
@@ -158,7 +155,7 @@ def translate_error(error: sqlite3.Error) -> Exception:
 
 
 def file_id(path: Path) -> tuple | None:
-    """What tells a file from another one put in its place; None where there is none."""
+    """What distinguishes a file from another at the same path; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -167,7 +164,7 @@ def file_id(path: Path) -> tuple | None:
 
 
 def timestamp(seconds_ago: float = 0) -> str:
-    """The UTC time so many seconds ago."""
+    """The UTC time this many seconds ago."""
     return format_time(int(time.time() - seconds_ago))
 
 
@@ -177,34 +174,34 @@ def format_time(seconds: int) -> str:
 
 
 def etag(row: dict | sqlite3.Row) -> str:
-    """A short text that two rows of a table share only if all their columns are equal."""
+    """A short text, equal for two rows of a table only if all their columns are equal."""
     return hashlib.blake2b(repr(tuple(dict(row).values())).encode(), digest_size=12).hexdigest()
 
 
-# A caller's condition on the etag() of the row that it is about to change.
+# The caller's condition on the etag() of the row to be changed.
 Precondition = Callable[[str], bool] | None
 
 
 def check_precondition(row: dict, if_match: Precondition) -> None:
-    """Raise PreconditionFailed where the row is not as the caller requires."""
+    """Raise PreconditionFailed if the row does not meet the condition."""
     if if_match is not None and not if_match(etag(row)):
         raise PreconditionFailed
 
 
-# ----------------------------------------------------------------------------------------- Store
+# -------------------------------------------------------------------------------------- Database
 
 
-class Store:
-    """Products, orders and idempotency keys in one SQLite file.
+class Database:
+    """Connections to one SQLite file, and transactions on it.
 
-    path: the file; it is made where there is none. lock_timeout: seconds that a write waits for
-    the lock. read_only: open a copy that another process renews; no write is possible then.
+    path: the file, created if it does not exist. lock_timeout: seconds that a write waits for the
+    lock. read_only: open a copy that another process keeps up to date; writes then fail.
     autocheckpoint: False leaves checkpoints to Litestream. trace: called with the text of every
     statement.
 
-    Raises DatabaseError for a file that is no database, not the shop's, made by a newer shop or
-    not writable. A file that is merely locked is no error: the Store opens it with the first
-    call that finds it free.
+    Raises DatabaseError for a file that is not a database, belongs to another program, was made by
+    a newer version of the shop, or cannot be written. A locked file is not an error: the first
+    call that finds it unlocked opens it.
     """
 
     def __init__(
@@ -218,7 +215,7 @@ class Store:
     ):
         if sqlite3.sqlite_version_info < (3, 37):
             raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed.")
-        self.path = Path(path).resolve()  # SQLite puts the WAL beside what a link names
+        self.path = Path(path).resolve()  # SQLite puts the WAL next to the target of a link
         self.lock_timeout = lock_timeout
         self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
@@ -227,17 +224,16 @@ class Store:
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
-        self._writer_thread: int | None = None  # that is inside a transaction
-        self._local = threading.local()  # .reader: a thread's own connection to read with
-        self._must_roll_back = False  # a step has failed after a change
-        self._purged = ""  # every idempotency key older than this has been deleted
-        self._write_error: Exception | None = None  # of the last write, if it failed
-        self._file_id: tuple | None = None  # device and inode of the file that is open
-        self._next_look = 0.0  # at the files, by the monotonic clock
-        self._is_lost = False  # the file at the path is another one
+        self._writer_thread: int | None = None  # the thread that is inside a transaction
+        self._local = threading.local()  # .reader: the thread's own connection for reading
+        self._must_roll_back = False  # a step of the transaction failed after a change
+        self._write_error: Exception | None = None  # why the last write failed, if it did
+        self._file_id: tuple | None = None  # device and inode of the open file
+        self._next_check = 0.0  # of the file at the path, by the monotonic clock
+        self._is_lost = False  # the path no longer leads to the open file
         try:
             if read_only:
-                self._check_current()
+                self._require_current_schema()
             else:
                 self._open_writer()
         except DatabaseBusy:
@@ -246,16 +242,13 @@ class Store:
             raise DatabaseError(f"{self.path}: {error}") from error
 
     def close(self) -> None:
-        """Close this thread's connection and, last, the one that writes: it folds the WAL into
-        the file.
+        """Close this thread's connections. Closing the writer folds the WAL into the file.
 
-        Other threads' connections are closed when they end.
+        The connection of any other thread closes when that thread ends.
         """
         for connection in getattr(self._local, "reader", None), self._writer:
             if connection:
                 connection.close()
-
-    # --- connections
 
     def _connect(self, mode: str, timeout: float = 1.0) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -269,10 +262,10 @@ class Store:
         connection.set_trace_callback(self._trace)
         return connection
 
-    def _check_application_id(self) -> int:
-        """The schema version of the file, 0 of a new one. Raises DatabaseError for one not ours.
+    def _read_schema_version(self) -> int:
+        """The schema version of the file, 0 for a new one. Raises DatabaseError if it is not ours.
 
-        Nothing is written to the file, nor beside it.
+        Writes nothing, neither to the file nor next to it.
         """
         is_new = not self.path.is_file() or self.path.stat().st_size == 0
         if is_new and not self.read_only:
@@ -289,7 +282,7 @@ class Store:
                 """).fetchone()
         except sqlite3.Error as error:
             raise translate_error(error) from error
-        self._check_version(header["version"])
+        self._reject_newer_schema(header["version"])
         is_empty = not header["version"] and not header["tables"]
         if header["application_id"] != APPLICATION_ID and (self.read_only or not is_empty):
             raise DatabaseError(f"{self.path} is the database of another program.")
@@ -297,32 +290,32 @@ class Store:
 
     def _inspection_mode(self) -> str:
         if self._journal.exists():
-            # Power was lost in the first milliseconds of a file. SQLite rolls the journal back
-            # before it reads, which takes a connection that may write.
+            # The power failed in the first milliseconds of the file's life. SQLite must roll the
+            # journal back before it reads, which needs a connection that may write.
             return "mode=rw"
         if self._wal.exists():
             return "mode=ro"
-        return "mode=ro&immutable=1"  # the file alone tells all; this makes no -wal and -shm
+        return "mode=ro&immutable=1"  # the file is complete; this mode creates no -wal or -shm
 
-    def _check_version(self, version: int) -> None:
+    def _reject_newer_schema(self, version: int) -> None:
         if version > SCHEMA_VERSION:
             raise DatabaseError(
-                f"{self.path} was made by a newer version of the shop: it has schema "
-                f"{version}, this one knows {SCHEMA_VERSION}."
+                f"{self.path} was made by a newer version of the shop: its schema is {version}, "
+                f"this version supports {SCHEMA_VERSION}."
             )
 
-    def _check_current(self) -> None:
-        """Raise DatabaseError for a file that only a writing shop could bring up to date."""
-        version = self._check_application_id()
+    def _require_current_schema(self) -> None:
+        """Raise DatabaseError for an older file, which a read-only Store cannot migrate."""
+        version = self._read_schema_version()
         if version < SCHEMA_VERSION:
             raise DatabaseError(
-                f"{self.path} has schema {version}, this shop needs {SCHEMA_VERSION}: "
+                f"{self.path} has schema {version}, but {SCHEMA_VERSION} is needed: "
                 "start the shop on it once, without READ_ONLY."
             )
 
     def _open_writer(self) -> None:
-        """Open the connection that writes, make the tables, or bring them up to date."""
-        self._check_application_id()
+        """Open the connection that writes, and create or migrate the tables."""
+        self._read_schema_version()
         try:
             writer = self._connect("mode=rwc", self.lock_timeout)
         except sqlite3.Error as error:
@@ -341,33 +334,33 @@ class Store:
 
     def _configure_writer(self, writer: sqlite3.Connection) -> None:
         if writer.execute("PRAGMA journal_mode = WAL").fetchone()["journal_mode"] != "wal":
-            raise DatabaseError(f"{self.path}: its file system cannot carry a write-ahead log.")
+            raise DatabaseError(f"{self.path}: its file system does not support WAL mode.")
         writer.execute("PRAGMA synchronous = FULL")
         writer.execute("PRAGMA foreign_keys = ON")
-        writer.execute("PRAGMA journal_size_limit = 67108864")  # a WAL that has grown shrinks again
-        # 16 MiB of WAL instead of 4: pages that many orders touch are then written back once.
-        # Litestream checkpoints by itself, long before 200 MiB, which bound the WAL without it.
+        writer.execute("PRAGMA journal_size_limit = 67108864")  # a large WAL shrinks again
+        # 16 MiB of WAL instead of 4: a page that many orders change is then written back once.
+        # Litestream checkpoints long before 200 MiB, which only limit the WAL if it is not running.
         if self._autocheckpoint:
             writer.execute("PRAGMA wal_autocheckpoint = 4000")
         else:
             writer.execute("PRAGMA wal_autocheckpoint = 50000")
 
     def _prepare_schema(self, writer: sqlite3.Connection) -> None:
-        """Migrate an older file, in one transaction: a crash leaves it as it was.
+        """Migrate an older file in one transaction, so that a crash leaves it unchanged.
 
-        A current one is not changed, but that it can be written shows here and not with the first
-        order. BEGIN IMMEDIATE alone does not tell: on a file that cannot be written, SQLite
-        quietly makes it a read transaction.
+        A write to a current file, rolled back, shows now rather than with the first order whether
+        the file can be written. BEGIN IMMEDIATE does not: if the file cannot be written, SQLite
+        silently begins a read transaction.
         """
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         try:
             writer.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if version == SCHEMA_VERSION and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                return  # another process writes; reads need not wait for it
+                return  # another process is writing, which reads need not wait for
             raise
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
-        self._check_version(version)
+        self._reject_newer_schema(version)
         writer.execute("PRAGMA application_id = 1397247824")
         if version < SCHEMA_VERSION:
             migrate(writer, version)
@@ -376,12 +369,12 @@ class Store:
             writer.execute("ROLLBACK")
 
     def _reader(self) -> sqlite3.Connection:
-        """This thread's connection to read with."""
+        """This thread's connection for reading."""
         reader = getattr(self._local, "reader", None)
         if reader is None:
             if not self._writer:
                 with self.transaction():
-                    pass
+                    pass  # opens the writer, which prepares the file
             self._check_file()
             reader = self._connect("mode=rw")
             reader.execute("PRAGMA query_only = ON")
@@ -389,26 +382,21 @@ class Store:
         return reader
 
     def _read(self, sql: str, parameters: dict | tuple = ()) -> list[sqlite3.Row]:
-        """Every row of a query. No read stays open: it would keep the WAL from being
-        checkpointed.
-        """
+        """All rows of a query: a read that stayed open would stop the WAL's checkpoints."""
         try:
             if not self.read_only:
-                self._look_at_files()
+                self._check_file_each_second()
                 return self._reader().execute(sql, parameters).fetchall()
-            # Litestream writes pages into a copy past SQLite's change counter, and not while
-            # another process has the file open as a WAL: a connection that stayed open would
-            # read old pages for ever, or stop the copy.
+            # Litestream does not update SQLite's change counter when it writes pages into a copy,
+            # and cannot write while another process has the file open in WAL mode: a connection
+            # that stayed open would read old pages for ever, or block the updates.
             with contextlib.closing(self._connect("mode=ro")) as reader:
                 return reader.execute(sql, parameters).fetchall()
         except sqlite3.Error as error:
             raise translate_error(error) from error
 
     def check_health(self) -> None:
-        """Really read the database.
-
-        Raises DatabaseUnavailable if that fails in whatever way, or if the last write failed.
-        """
+        """Read the database. Raises DatabaseUnavailable if this read or the last write failed."""
         try:
             self._read("SELECT id FROM product LIMIT 1")
         except sqlite3.Error as error:
@@ -417,38 +405,38 @@ class Store:
             raise DatabaseUnavailable(f"The last write failed: {self._write_error}")
 
     def data_version(self) -> object:
-        """A value that differs after every change of the data; None where that cannot be told."""
+        """A value that differs after every change of the data, or None if it is not known."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
                 return self._read("PRAGMA data_version")[0]["data_version"]
             return None
-        if self._wal.exists():  # a writer is at work, and may change data before the file's time
+        if self._wal.exists():  # its writer changes data before the file's modification time
             return None
         try:
             file = self.path.stat()
         except FileNotFoundError:
             return None
-        # Within the grain of the file system's clock a second change may look like the first.
+        # Two changes within one tick of the file system's clock have the same time.
         if time.time_ns() - file.st_mtime_ns < 100_000_000:
             return None
         return file.st_ino, file.st_size, file.st_mtime_ns
 
-    def _look_at_files(self) -> None:
-        """Check once a second that the file is still there."""
+    def _check_file_each_second(self) -> None:
+        """Call _check_file(), at most once a second while all is well."""
         now = time.monotonic()
-        if not self._writer or (now < self._next_look and not self._is_lost):
+        if not self._writer or (now < self._next_check and not self._is_lost):
             return
-        self._next_look = now + 1
+        self._next_check = now + 1
         self._check_file()
 
     def _check_file(self) -> None:
-        """Raise DatabaseUnavailable where the open file is no longer the one at the path."""
+        """Raise DatabaseUnavailable if the path no longer leads to the open file."""
         was_lost = self._is_lost
         self._is_lost = file_id(self.path) != self._file_id
         if not self._is_lost:
             return
         if self._writer_thread in (None, threading.get_ident()):
-            # Or the next start would replay the WAL into whatever file is there then.
+            # Otherwise the next start would replay the WAL into whatever file is at the path.
             with contextlib.suppress(sqlite3.Error):
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
@@ -457,8 +445,6 @@ class Store:
             log.warning(f"{self.path} has been deleted or replaced: restart the shop.")
         raise DatabaseUnavailable("The database file has been deleted or replaced.")
 
-    # --- transactions
-
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a block of writes that take effect together or not at all.
@@ -466,12 +452,12 @@ class Store:
         Yields the connection that writes. Commits at the end of the block; rolls back if the block
         raises.
 
-        Inside another transaction of the same thread the block is a step of the outer one, which
-        alone commits. A step that raises before its first change leaves the outer transaction
-        intact. One that raises after a change condemns it: even if the error is caught, the outer
-        transaction rolls back and raises TransactionLost. A savepoint could undo just the step,
-        but SQLite copies every page that changes after one, a tenth of the CPU of an order; code
-        that checks everything before its first change has no need of it.
+        Inside another transaction of the same thread, the block is a step of the outer one, and
+        only the outer one commits. A step that raises before its first change does no harm to it.
+        After a step that raises later, the outer transaction cannot commit, even if the error is
+        caught: it rolls back and raises TransactionLost. A savepoint could undo the step alone,
+        but SQLite then copies every page before changing it, a tenth of the CPU of an order, and
+        a step that checks everything before its first change does not need one.
 
         Raises DatabaseBusy if the write lock is not free within lock_timeout seconds,
         OutcomeUnknown if the disk fails during the commit, or another DatabaseUnavailable.
@@ -555,9 +541,9 @@ class Store:
             failure = translate_error(error)
         elif isinstance(error, DatabaseError):
             failure = DatabaseUnavailable(str(error))
-        # The error behind a TransactionLost was remembered when its step failed.
-        is_passing = isinstance(failure, (DatabaseBusy, TransactionLost))
-        if isinstance(failure, DatabaseUnavailable) and not is_passing:
+        # A lock is not a fault, and the error behind a TransactionLost is remembered already.
+        is_ignored = isinstance(failure, (DatabaseBusy, TransactionLost))
+        if isinstance(failure, DatabaseUnavailable) and not is_ignored:
             self._write_error = failure
             self._empty_wal()  # on a full disk this may make the room that the next write needs
         if failure is not error:
@@ -568,6 +554,15 @@ class Store:
         if self._writer and not self._writer.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+# ----------------------------------------------------------------------------------------- Store
+
+
+class Store(Database):
+    """The products, stock ledger, orders and idempotency keys of a shop, in one SQLite file."""
+
+    _purged = ""  # all idempotency keys older than this have been deleted
 
     # --- products
 
@@ -633,12 +628,12 @@ class Store:
     def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
         rows = self._read(SELECT_PRODUCT, {"id": product_id})
-        return self._one("product", product_id, rows)
+        return only_row("product", product_id, rows)
 
     def create_product(self, **fields: Any) -> dict:
         """Add a product and return it.
 
-        fields: name, price in cents; optional: description, stock in pieces.
+        fields: name and price in cents; optionally description and stock in pieces.
         """
         with self.transaction() as connection:
             return self._save_product(connection, {**PRODUCT_DEFAULTS, **fields})
@@ -648,7 +643,7 @@ class Store:
     ) -> dict:
         """Set the given fields (see create_product) and return the product.
 
-        if_match: a condition on the etag() of its row. Raises NotFound, PreconditionFailed.
+        if_match: a condition on the etag() of the row. Raises NotFound, PreconditionFailed.
         """
         with self.transaction() as connection:
             product = self._lock_product(connection, product_id, if_match)
@@ -657,10 +652,10 @@ class Store:
     def update_stock(
         self, product_id: int, change: int, note: str = "", *, if_match: Precondition = None
     ) -> dict:
-        """Add `change` pieces to the stock, or take them where it is negative; return the product.
+        """Add `change` pieces to the stock, or remove them if negative, and return the product.
 
-        note: why, for the ledger. Raises NotFound, PreconditionFailed (see update_product),
-        InsufficientStock, ExcessiveStock.
+        note: the reason, for the ledger. if_match: as in update_product. Raises NotFound,
+        PreconditionFailed, InsufficientStock, ExcessiveStock.
         """
         with self.transaction() as connection:
             product = self._lock_product(connection, product_id, if_match)
@@ -674,7 +669,7 @@ class Store:
     def list_movements(
         self, product_id: int, *, sort: str = "id", after: int = 0, limit: int = 100
     ) -> tuple[list[dict], int | None]:
-        """A page of a product's movements of stock, and the id to go on after, or None.
+        """A page of a product's stock movements, and the id to continue after, or None.
 
         sort: a key of ID_ORDERS. after, limit: the page. Raises NotFound.
         """
@@ -687,8 +682,9 @@ class Store:
         return [dict(row) for row in movements], next_after
 
     def delete_product(self, product_id: int, *, if_match: Precondition = None) -> None:
-        """Delete a product; the lines of orders keep their copies. Raises NotFound,
-        PreconditionFailed.
+        """Delete a product; order lines keep their copies of its name and price.
+
+        if_match: as in update_product. Raises NotFound, PreconditionFailed.
         """
         with self.transaction() as connection:
             self._lock_product(connection, product_id, if_match)
@@ -697,9 +693,9 @@ class Store:
     def _lock_product(
         self, connection: sqlite3.Connection, product_id: int, if_match: Precondition
     ) -> dict:
-        """The product as it is under the write lock. Raises NotFound, PreconditionFailed."""
+        """The product, read inside the transaction. Raises NotFound, PreconditionFailed."""
         rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
-        product = self._one("product", product_id, rows)
+        product = only_row("product", product_id, rows)
         check_precondition(product, if_match)
         return product
 
@@ -710,9 +706,10 @@ class Store:
         before: dict | None = None,
         note: str = "",
     ) -> dict:
-        """Write a product, a new one where its id is None, and return it.
+        """Write a product and return it.
 
-        before: what it was; note: why its stock changes.
+        product: with id None, a new one. before: its row before the change. note: why its stock
+        changes.
         """
         statement = SAVE_PRODUCT + " RETURNING " + PRODUCT_COLUMNS
         [row] = connection.execute(statement, product).fetchall()
@@ -733,7 +730,7 @@ class Store:
         order_id: int | None = None,
         note: str = "",
     ) -> None:
-        """Write into the ledger what has just changed the stock of a product."""
+        """Add the latest change of a product's stock to the ledger."""
         [(movement_id, stock)] = connection.execute(
             """
             UPDATE product
@@ -762,7 +759,7 @@ class Store:
     # --- spreadsheets
 
     def export_products(self) -> Iterator[dict]:
-        """Every product by id, its price in cents, as they are at one moment."""
+        """Every product by id, with its price in cents, from one consistent read."""
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             with contextlib.closing(self._connect(mode)) as reader:
@@ -773,8 +770,8 @@ class Store:
     def import_products(self, rows: Iterable[dict]) -> tuple[int, int]:
         """Add and change products in one transaction; return how many were added and changed.
 
-        rows: fields as in create_product; one with an id changes the fields it has of that
-        product. Raises NotFound, and then nothing is changed.
+        rows: fields as in create_product. A row with an id changes those fields of that product.
+        Raises NotFound, and then nothing has changed.
         """
         new = []
         changed = 0
@@ -791,7 +788,7 @@ class Store:
 
     @staticmethod
     def _insert_products(connection: sqlite3.Connection, rows: list[dict]) -> None:
-        """Add many products, at a quarter of what _save_product takes for each."""
+        """Add many products, in a quarter of the time that _save_product takes for each."""
         [(last,)] = connection.execute("""
             SELECT coalesce(max(seq), 0)
               FROM sqlite_sequence
@@ -805,12 +802,6 @@ class Store:
         connection.executemany(SAVE_SEARCH, map(search_row, products))
         open_balances(connection, after=last, note="import")
 
-    @staticmethod
-    def _one(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
-        if not rows:
-            raise NotFound(kind, row_id)
-        return dict(rows[0])
-
     # --- orders
 
     def list_orders(
@@ -822,10 +813,9 @@ class Store:
         after: int = 0,
         limit: int = 100,
     ) -> tuple[list[dict], int | None]:
-        """A page of the orders, and the id to go on after (None where nothing follows).
+        """A page of the orders, and the id to continue after, or None.
 
-        status, reference: only orders that have these. sort: a key of ID_ORDERS. after, limit:
-        the page.
+        status, reference: only orders with these. sort: a key of ID_ORDERS. after, limit: the page.
         """
         conditions = []
         if status is not None:
@@ -835,24 +825,24 @@ class Store:
         if reference:
             conditions.append("reference <> ''")  # lets SQLite use the partial index
         rows = self._read(
-            select_page("SELECT * FROM orders", conditions, ID_ORDERS[sort], after),
+            select_page(SELECT_ORDERS, conditions, ID_ORDERS[sort], after),
             {"status": status, "reference": reference, "after": after, "limit": limit + 1},
         )
         orders, next_after = cut_page(rows, limit)
-        # Lines never change, so a second statement sees the lines that the first one meant.
+        # Lines never change, so it does not matter that a second statement reads them.
         return with_lines(orders, self._read(SELECT_LINES, ids_of(orders))), next_after
 
     def get_order(self, order_id: int) -> dict:
         """The order with its lines, money in cents. Raises NotFound."""
-        order = self._one("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
+        order = only_row("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
         return with_lines([order], self._read(SELECT_LINES, ids_of([order])))[0]
 
     def create_order(self, products: list[dict], reference: str = "") -> dict:
-        """Take the stock of every line, or of none, and return the new, pending order.
+        """Deduct the stock of every line, or of none, and return the new, pending order.
 
         products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
         once. reference: the caller's own text. Raises UnknownProducts, InsufficientStock with
-        every short line, ValueError where there is no line.
+        every short line, ValueError if there are no lines or a product appears twice.
         """
         if not products:
             raise ValueError("An order needs at least one line.")
@@ -886,7 +876,7 @@ class Store:
 
     @staticmethod
     def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> list[tuple]:
-        """Take the stock of every line; return the columns of order_line behind order_id."""
+        """Deduct the stock of every line; return the columns of order_line after order_id."""
         taken = []
         unknown = {}
         shortages = []
@@ -915,7 +905,7 @@ class Store:
             raise UnknownProducts(unknown)
         if shortages:
             raise InsufficientStock(shortages)
-        # Whatever was seen before: the statement that takes is the one that checks.
+        # The check above only explains a shortage: this statement both checks and deducts.
         changed = connection.executemany(
             """
             UPDATE product
@@ -929,16 +919,15 @@ class Store:
         return taken
 
     def update_order(self, order_id: int, status: str, *, if_match: Precondition = None) -> dict:
-        """Complete or cancel a pending order and return it; the status it already has changes
-        nothing.
+        """Complete or cancel a pending order and return it.
 
-        Cancelling puts the stock back, up to MAX_STOCK and where the product still exists.
-        if_match: a condition on the etag() of the order's row. Raises NotFound,
-        PreconditionFailed, InvalidTransition.
+        Cancelling puts the stock back, up to MAX_STOCK, if the product still exists. The status
+        that the order already has changes nothing. if_match: a condition on the etag() of the
+        order's row. Raises NotFound, PreconditionFailed, InvalidTransition.
         """
         with self.transaction() as connection:
             rows = connection.execute(SELECT_ORDER, {"id": order_id}).fetchall()
-            order = self._one("order", order_id, rows)
+            order = only_row("order", order_id, rows)
             check_precondition(order, if_match)
             if order["status"] not in ("pending", status):
                 raise InvalidTransition(order_id, order["status"], status)
@@ -948,9 +937,9 @@ class Store:
         return with_lines([{**order, "status": status}], lines)[0]
 
     def expire_orders(self, minutes: float, *, limit: int = 4) -> int:
-        """Cancel pending orders older than so many minutes, at most `limit`; return how many.
+        """Cancel at most `limit` pending orders older than this many minutes; return how many.
 
-        Four of a hundred lines take the loop 15 ms.
+        Four orders of a hundred lines take 15 ms, which the server's loop can spare.
         """
         with self.transaction() as connection:
             expired = {"due": timestamp(minutes * 60), "limit": limit}
@@ -960,7 +949,7 @@ class Store:
         return len(due)
 
     def has_expired_orders(self, minutes: float) -> bool:
-        """Whether expire_orders() would find something: without the write lock."""
+        """Whether expire_orders() would cancel any; this needs no write lock."""
         return bool(self._read(SELECT_EXPIRED, {"due": timestamp(minutes * 60), "limit": 1}))
 
     def _set_status(self, connection: sqlite3.Connection, order_id: int, status: str) -> None:
@@ -976,7 +965,7 @@ class Store:
             self._put_stock_back(connection, order_id)
 
     def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
-        """As far as the products of an order still exist, and MAX_STOCK allows."""
+        """Put back what an order took, if the product still exists and up to MAX_STOCK."""
         lines = connection.execute(
             """
             SELECT product_id, min(quantity, :max - product.stock) AS change
@@ -997,7 +986,7 @@ class Store:
                 )
                 self._record_movement(connection, product_id, change, order_id=order_id)
 
-    # --- idempotency
+    # --- idempotency keys
 
     def get_idempotent(self, key: str, fingerprint: str) -> Any | None:
         """The result stored under an idempotency key in the last KEY_TTL seconds, or None.
@@ -1054,6 +1043,8 @@ class Store:
             self._purged = expired  # no other key expires before the next second
 
 
+# ------------------------------------------------------------------------------------ statements
+
 PRODUCT_COLUMNS = "id, name, description, price, stock"
 PRODUCT_JSON = """
     id, json_object('id', id, 'name', name, 'description', description, 'price', price / 100.0,
@@ -1067,22 +1058,13 @@ SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product ON id = product_id"
 # order has its index.
 ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 PRODUCT_ORDERS = ID_ORDERS | {
-    "name": (
-        "(sort_name, product_id) > (:value, :after)",
-        "sort_name, product_id",
-    ),
+    "name": ("(sort_name, product_id) > (:value, :after)", "sort_name, product_id"),
     "-name": (
         "sort_name <= :value AND (sort_name < :value OR product_id > :after)",
         "sort_name DESC, product_id",
     ),
-    "price": (
-        "(price, id) > (:value, :after)",
-        "price, id",
-    ),
-    "-price": (
-        "price <= :value AND (price < :value OR id > :after)",
-        "price DESC, id",
-    ),
+    "price": ("(price, id) > (:value, :after)", "price, id"),
+    "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
 }
 SELECT_MOVEMENTS = """
     SELECT id, change, stock, order_id, note, created_at
@@ -1091,7 +1073,8 @@ SELECT_MOVEMENTS = """
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words) WHERE NOT instr(words, value))
 """
-SELECT_ORDER = "SELECT * FROM orders WHERE id = :id"
+SELECT_ORDERS = "SELECT id, status, total, created_at, reference FROM orders"
+SELECT_ORDER = SELECT_ORDERS + " WHERE id = :id"
 SELECT_EXPIRED = """
     SELECT id
       FROM orders
@@ -1108,9 +1091,9 @@ SELECT_LINES = """
 
 
 def select_page(select: str, conditions: list[str], order: tuple[str, str], after: int) -> str:
-    """A query for a page, put together from constants: so that each can use its index."""
-    going_on, order_by = order
-    where = " AND ".join([going_on if after else "TRUE", *conditions])
+    """The statement for a page, composed of constants so that it can use the order's index."""
+    continuation, order_by = order
+    where = " AND ".join([continuation if after else "TRUE", *conditions])
     return " ".join([select, "WHERE", where, "ORDER BY", order_by, "LIMIT :limit"])
 
 
@@ -1121,12 +1104,18 @@ def cut_page(rows: list[sqlite3.Row], limit: int | None) -> tuple[list[sqlite3.R
     return rows[:limit], rows[limit - 1]["id"]
 
 
+def only_row(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
+    if not rows:
+        raise NotFound(kind, row_id)
+    return dict(rows[0])
+
+
 def ids_of(rows: list) -> dict:
     return {"ids": json.dumps([row["id"] for row in rows])}
 
 
 def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
-    """The orders as dicts, each with its own of the lines."""
+    """The orders as dicts, each with its lines."""
     by_id: dict[int, dict] = {order["id"]: {**order, "lines": []} for order in orders}
     for row in lines:
         line = dict(row)
@@ -1135,7 +1124,7 @@ def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
 
 
 def shortage(product_id: int, requested: int, available: int) -> dict:
-    """A line of InsufficientStock, in pieces."""
+    """An item of InsufficientStock.shortages, in pieces."""
     return {"product_id": product_id, "requested": requested, "available": available}
 
 
@@ -1158,7 +1147,7 @@ SAVE_SEARCH = """
 def open_balances(
     connection: sqlite3.Connection, after: int = 0, note: str = "opening balance"
 ) -> None:
-    """Begin the ledger of the products with a greater id than `after`, with the stock they have."""
+    """Begin the ledger of each product whose id is greater than `after` with its stock."""
     connection.execute(
         """
         INSERT INTO movement (product_id, id, change, stock, note, created_at)
@@ -1174,12 +1163,12 @@ def open_balances(
 
 
 def fold(text: str) -> str:
-    """The text without case and accents, as searches compare it: "Café" becomes "cafe"."""
+    """The text without case and accents, for searches: "Café" becomes "cafe"."""
     if text.isascii():
         return text.lower()
     letters = unicodedata.normalize("NFKD", text.casefold())
     folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    return folded.casefold().replace("ı", "i")  # whose capital is that of i
+    return folded.casefold().replace("ı", "i")  # "I" is the capital of both
 
 
 def search_row(product: dict | sqlite3.Row) -> dict:
@@ -1188,13 +1177,13 @@ def search_row(product: dict | sqlite3.Row) -> dict:
 
 
 # ------------------------------------------------------------------------------------ migrations
-# A file of an older version is brought up to date in one transaction: first the `alter` statements
-# of each migration that is due, which change the tables that there are; then schema.sql, which
-# makes the tables and indexes that are missing; then each `fill`, which puts in what SQL cannot.
+# A file with an older schema is migrated in one transaction: first the `alter` statements of all
+# pending migrations change its tables, then schema.sql creates the tables and indexes that are
+# missing, then each `fill` adds the rows that need Python.
 
 
 class Migration(NamedTuple):
-    """The way from one schema version to the next."""
+    """The step from one schema version to the next."""
 
     alter: tuple[str, ...] = ()
     fill: Callable[[sqlite3.Connection], None] = lambda connection: None
@@ -1207,7 +1196,7 @@ def fill_search(connection: sqlite3.Connection) -> None:
 
 MIGRATIONS = [
     Migration(),  # 0 to 1: a new file
-    Migration(),  # 1 to 2: product_search, made anew by 3 to 4
+    Migration(),  # 1 to 2: product_search, which 3 to 4 replaces
     Migration(),  # 2 to 3: idempotency_key_by_time
     Migration(  # 3 to 4: references of orders, product_search with names to sort by
         alter=(
@@ -1224,21 +1213,21 @@ MIGRATIONS = [
         ),
         fill=open_balances,
     ),
-    Migration(),  # 5 to 6: the check of orders.status
+    Migration(),  # 5 to 6: another CHECK of orders.status
 ]
 
 
 def migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Bring the tables from a schema version to the current one, inside a transaction."""
-    due = MIGRATIONS[version:]
+    """Migrate the tables from a schema version to the current one, inside a transaction."""
+    pending = MIGRATIONS[version:]
     if version:
-        for migration in due:
+        for migration in pending:
             for statement in migration.alter:
                 connection.execute(statement)
     script = SCHEMA.read_text()
     for statement in split_statements(script):
         connection.execute(statement)
-    for migration in due:
+    for migration in pending:
         migration.fill(connection)
     restore_table_texts(connection, script)
 
@@ -1254,10 +1243,10 @@ def split_statements(script: str) -> Iterator[str]:
 
 
 def restore_table_texts(connection: sqlite3.Connection, script: str) -> None:
-    """Give each table the text of schema.sql, so that old and new files are alike to the letter.
+    """Give each table the text of schema.sql, so that migrated and new files have equal schemas.
 
-    After an ALTER TABLE the text differs, if only in its layout. What the text means must be what
-    the table holds: https://www.sqlite.org/lang_altertable.html#otheralter
+    ALTER TABLE leaves a text of its own. The new text must describe the columns that the table
+    really has: https://www.sqlite.org/lang_altertable.html#otheralter
     """
     with contextlib.closing(sqlite3.connect(":memory:")) as new:
         new.executescript(script)
@@ -1277,13 +1266,11 @@ def backup(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict:
-    """Copy a database to a file while it is in use: the state of one moment, checked, whole or
-    not there at all.
+    """Copy a database that may be in use to a file: a consistent, checked copy or none at all.
 
-    progress: called with the pages that remain and the pages in all. Returns the copy's
-    products, orders and bytes. Raises DatabaseError for a source that is no shop's database, a
-    target that exists (unless overwrite) or is the source itself, and a copy that cannot be
-    made.
+    progress: called with the pages that remain and the number of all pages. Returns the numbers
+    of products, orders and bytes in the copy. Raises DatabaseError if the source is not a shop's
+    database, the target exists (unless overwrite) or is the source, or the copy fails.
     """
     source = Store(path, read_only=True)
     target = Path(target).absolute()
@@ -1298,7 +1285,7 @@ def backup(
         partial.replace(target)
         flush_file(target.parent)
     except (OSError, sqlite3.Error) as error:
-        raise DatabaseError(f"{target} cannot be made: {error}.") from error
+        raise DatabaseError(f"{target} cannot be written: {error}.") from error
     finally:
         for suffix in "", "-journal", "-wal", "-shm":
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
@@ -1306,19 +1293,19 @@ def backup(
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise DatabaseError where a backup must not go."""
+    """Raise DatabaseError if a backup must not be written there."""
     if target.exists() and (not target.is_file() or target.samefile(source)):
-        raise DatabaseError(f"{target} is nothing that a backup may replace.")
+        raise DatabaseError(f"{target} is not a file that a backup may overwrite.")
     if target.exists() and not overwrite:
-        raise DatabaseError(f"{target} exists already: --overwrite replaces it.")
-    # SQLite would take a WAL that lies beside the copy for the copy's own.
+        raise DatabaseError(f"{target} already exists: --overwrite replaces it.")
+    # SQLite would take a WAL next to the copy for the copy's own.
     for suffix in "-wal", "-shm", "-journal":
         if target.name.endswith(suffix) or target.with_name(target.name + suffix).exists():
-            raise DatabaseError(f"{target} is, or has beside it, a file of a database in use.")
+            raise DatabaseError(f"{target} is, or has next to it, a file of a database in use.")
 
 
 def remove_partial_copies(target: Path) -> None:
-    """Remove what backups to this target left that were killed."""
+    """Remove what backups to this target left behind when they were killed."""
     name = re.compile(re.escape(target.name) + r"\.partial-([0-9]+)(-journal|-wal|-shm)?")
     for file in target.parent.iterdir():
         match = name.fullmatch(file.name)
@@ -1332,26 +1319,26 @@ def is_running(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # another user's process
     return True
 
 
 def copy_database(source: Store, target: Path, progress: Callable[[int, int], object]) -> dict:
-    """Copy page by page, check the copy, and return how many products and orders it has."""
+    """Copy page by page, check the copy, and return its numbers of products and orders."""
     with (
         contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy,
         contextlib.closing(source._connect("mode=ro")) as reader,
     ):
-        # Holds one state, or each order that comes meanwhile would start the copy again.
+        # A read transaction: without it, each order placed meanwhile would restart the copy.
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM product").fetchall()
         reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
-        [(mode,)] = copy.execute("PRAGMA journal_mode = DELETE")  # one file, no WAL beside it
+        [(mode,)] = copy.execute("PRAGMA journal_mode = DELETE")  # a single file, without a WAL
         if mode != "delete":
-            raise DatabaseError(f"The copy would need a file beside it: its mode is {mode}.")
+            raise DatabaseError(f"The copy would not be a single file: its mode is {mode}.")
         [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
         if verdict != "ok":
-            raise DatabaseError(f"The copy would not be sound: {verdict}")
+            raise DatabaseError(f"The copy is damaged: {verdict}")
         [(products, orders)] = copy.execute("""
             SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
         """)
@@ -1368,13 +1355,14 @@ def flush_file(path: Path) -> None:
 
 
 def check_integrity(path: str | os.PathLike) -> list[str]:
-    """What is wrong in a database, a sentence each: pages, limits, references, sums, the ledger.
+    """What is wrong in a database, one sentence for each fault.
 
-    Raises DatabaseError for a file that is no shop's database.
+    Checks pages, constraints, references, totals and the ledger. Raises DatabaseError for a file
+    that is not a shop's database.
     """
     store = Store(path, read_only=True)
     try:
-        # Not mode=ro: there SQLite leaves the CHECK constraints out.
+        # With mode=ro SQLite would not check the CHECK constraints.
         with contextlib.closing(store._connect("mode=rw")) as connection:
             connection.execute("PRAGMA query_only = ON")
             return [
@@ -1415,25 +1403,23 @@ def wrong_totals(connection: sqlite3.Connection) -> list[str]:
 
 
 def wrong_stocks(connection: sqlite3.Connection) -> list[str]:
-    """What the ledger does not account for: read once, in the order of its movements."""
+    """What the ledger does not explain, from one pass over all movements in their order."""
     products = connection.execute("SELECT id, stock, movements FROM product").fetchall()
     counts = {row["id"]: 0 for row in products}
     stocks = dict(counts)
     errors = []
     for product_id, movement_id, change, stock in connection.execute("""
         SELECT product_id, id, change, stock
-          FROM movement
-         UNION ALL
-        SELECT product_id, movement_id, CAST(-quantity AS INTEGER), stock
-          FROM order_line
-         WHERE movement_id IS NOT NULL
+          FROM every_movement
          ORDER BY product_id, id
     """):
         if product_id not in stocks:
             continue  # deleted
         counts[product_id] += 1
         if movement_id != counts[product_id] or stock != stocks[product_id] + change:
-            errors.append(f"Movement {movement_id} of product {product_id} does not follow.")
+            errors.append(
+                f"Movement {movement_id} of product {product_id} does not follow the one before."
+            )
         stocks[product_id] += change
     return errors + [
         f"Product {row['id']} has a stock of {row['stock']} after {row['movements']} movements, "
@@ -1449,4 +1435,4 @@ def missing_searches(connection: sqlite3.Connection) -> list[str]:
           FROM product
          WHERE id NOT IN (SELECT product_id FROM product_search)
     """).fetchall()
-    return [f"Product {row['id']} cannot be searched: its row of words is missing." for row in rows]
+    return [f"Product {row['id']} cannot be found: it is not in product_search." for row in rows]

@@ -1,16 +1,15 @@
--- The tables of the shop. They refuse what must never be true; db.py explains it kindly beforehand.
--- Money is whole cents, stock is pieces, times are UTC as 2026-11-22T10:15:30Z. Ids come from
--- AUTOINCREMENT and are therefore never given twice, not even after a deletion.
+-- The tables of the shop. They reject what must never be true; db.py checks first, for the sake of
+-- better messages. Money is whole cents, stock is in pieces, and times are UTC, written as
+-- 2026-11-22T10:15:30Z. Because of AUTOINCREMENT no id is ever reused, not even after a deletion.
 --
--- A change to this file raises SCHEMA_VERSION in db.py and adds to MIGRATIONS there. New columns
--- go to the end of their table, where ALTER TABLE puts them too.
+-- A change of this file takes a higher SCHEMA_VERSION and a new item of MIGRATIONS, both in db.py.
+-- New columns go to the end of their table, where ALTER TABLE puts them too.
 
-PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: the file is ours
+PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: identifies the file as a shop's
 PRAGMA user_version = 6;             -- SCHEMA_VERSION
 
 
--- What is for sale. The stock lives in the row of the price, so that one UPDATE checks and takes
--- it.
+-- What is for sale. The stock is in the product's row, so that one UPDATE checks and deducts it.
 CREATE TABLE IF NOT EXISTS product (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200 AND instr(name, char(0)) = 0),
@@ -24,14 +23,14 @@ CREATE TABLE IF NOT EXISTS product (
            <> '')
 ) STRICT;
 
--- Pages by price: a product's id stands in an index by itself, ascending in both directions.
+-- Pages by price. Every index ends with the row's id, ascending in both of these.
 CREATE INDEX IF NOT EXISTS product_by_price ON product (price);
 CREATE INDEX IF NOT EXISTS product_by_price_down ON product (price DESC);
 
 
--- What products are searched and sorted by, as Python folds it, for SQLite cannot: the name without
--- case, and name and description without case and accents. A table of its own, so that a search
--- reads nothing else.
+-- The text by which products are searched and sorted: the name without case, and name and
+-- description without case and accents. Python computes it because SQLite cannot. It has its own
+-- table so that a search reads nothing else.
 CREATE TABLE IF NOT EXISTS product_search (
     product_id INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
     sort_name  TEXT NOT NULL,
@@ -42,9 +41,9 @@ CREATE INDEX IF NOT EXISTS product_by_name ON product_search (sort_name);
 CREATE INDEX IF NOT EXISTS product_by_name_down ON product_search (sort_name DESC);
 
 
--- What was bought, and what became of it ("order" alone is a word of SQL). Never deleted. The check
--- of the status is not an IN, for which SQLite makes a table of the list each time: one eighth of
--- what it does for an order.
+-- Orders are never deleted. (ORDER is a keyword of SQL, hence the plural.) The status is not
+-- checked with IN, because SQLite would build a temporary table for the list with every INSERT, an
+-- eighth of the work for an order.
 CREATE TABLE IF NOT EXISTS orders (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     status     TEXT NOT NULL DEFAULT 'pending'
@@ -55,19 +54,19 @@ CREATE TABLE IF NOT EXISTS orders (
                CHECK (length(reference) <= 200 AND instr(reference, char(0)) = 0)
 ) STRICT;
 
--- Orders without a reference are not in it, and pay nothing for it.
+-- A partial index costs orders without a reference nothing.
 CREATE INDEX IF NOT EXISTS orders_by_reference ON orders (reference) WHERE reference <> '';
 
--- Pages of the orders of one status. An index holds the id by itself.
+-- Pages of the orders with one status.
 CREATE INDEX IF NOT EXISTS orders_by_status ON orders (status);
 
--- Orders that wait for payment, for those that have waited too long.
+-- Finds the pending orders that have expired.
 CREATE INDEX IF NOT EXISTS orders_pending_by_time ON orders (created_at) WHERE status = 'pending';
 
 
--- One product of one order. Name and price are copies: later edits do not touch them, and the
--- product may be deleted, so product_id refers to nothing. The key keeps an order's lines together
--- and each product once.
+-- One product of one order. Name and price are copies, which later edits do not change. The product
+-- may be deleted, so product_id is not a foreign key. The primary key stores the lines of an order
+-- together and allows each product once.
 CREATE TABLE IF NOT EXISTS order_line (
     order_id    INTEGER NOT NULL REFERENCES orders (id),
     product_id  INTEGER NOT NULL CHECK (product_id > 0),
@@ -81,8 +80,8 @@ CREATE TABLE IF NOT EXISTS order_line (
 ) STRICT, WITHOUT ROWID;
 
 
--- The ledger, together with the lines of orders: every change of a stock that no order made, and
--- the stock that cancelled orders gave back, each written in the same transaction.
+-- The ledger is this table and the lines of orders. Here are the changes of stock that are not
+-- sales, cancelled orders included, each written in the transaction of the change.
 CREATE TABLE IF NOT EXISTS movement (
     product_id INTEGER NOT NULL REFERENCES product (id) ON DELETE CASCADE,
     id         INTEGER NOT NULL CHECK (id > 0),               -- counted from 1 for each product
@@ -94,14 +93,13 @@ CREATE TABLE IF NOT EXISTS movement (
     PRIMARY KEY (product_id, id)
 ) STRICT, WITHOUT ROWID;
 
--- A sale is in the ledger by its line alone, with the number of the movement and the stock that
--- was left: one entry of an index a line, some 8 % of an order's CPU. Rows of their own took twice
--- that.
+-- A sale has no row in movement: its order line has the number of the movement and the stock after
+-- it. The index entry takes 8 % of the CPU of an order; a row in movement would take twice that.
 CREATE INDEX IF NOT EXISTS order_line_by_movement ON order_line (product_id, movement_id)
  WHERE movement_id IS NOT NULL;
 
--- Both halves have columns of the same types: only then does SQLite read them as one, each in the
--- order of its index, instead of all the movements of a product for each page.
+-- The whole ledger. The CASTs give both halves columns of the same types. Only then can SQLite
+-- merge them in the order of their indexes, rather than sort all movements of a product for a page.
 CREATE VIEW IF NOT EXISTS every_movement AS
 SELECT product_id, id, change, stock, order_id, note, created_at
   FROM movement
@@ -112,8 +110,8 @@ SELECT product_id, movement_id, CAST(-quantity AS INTEGER), stock, order_id, CAS
  WHERE movement_id IS NOT NULL;
 
 
--- The response to a POST with an Idempotency-Key, written in the same transaction as the work
--- itself, so that there is never one without the other.
+-- The response to a POST with an Idempotency-Key, written in the transaction of its work, so that
+-- neither exists without the other.
 CREATE TABLE IF NOT EXISTS idempotency_key (
     id          INTEGER PRIMARY KEY,
     key         TEXT NOT NULL UNIQUE CHECK (length(key) BETWEEN 1 AND 255),
@@ -122,5 +120,5 @@ CREATE TABLE IF NOT EXISTS idempotency_key (
     created_at  TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
 ) STRICT;
 
--- The oldest keys are purged first, whatever a clock that was wrong has stamped on others.
+-- Finds the oldest keys, which are purged first, even if a wrong clock dated others in the future.
 CREATE INDEX IF NOT EXISTS idempotency_key_by_time ON idempotency_key (created_at);

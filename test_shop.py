@@ -5796,7 +5796,7 @@ def test_a_backup_that_would_keep_a_wal_fails_and_leaves_nothing(shop, mug, data
         reader.execute("SELECT * FROM product").fetchall()
         readers.append(reader)
 
-    with pytest.raises(db.DatabaseError, match="copy cannot be made"):
+    with pytest.raises(db.DatabaseError, match="copy cannot be written"):
         db.backup(database, tmp_path / "copy", progress=read)
     for reader in readers:
         reader.close()
