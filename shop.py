@@ -29,11 +29,9 @@ import hashlib
 import hmac
 import http.client
 import inspect
-import io
-import itertools
 import json
+import math
 import os
-import queue
 import re
 import resource
 import select
@@ -43,14 +41,13 @@ import socket
 import string
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+import types
+from collections.abc import Callable
 from decimal import Decimal
-from email.utils import formatdate
 from typing import Any, NamedTuple, TextIO
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("shop: Python 3.11 or later is needed, this is " + sys.version.split()[0])
@@ -58,8 +55,12 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import bottle
 import waitress.adjustments
 import waitress.channel
+import waitress.parser
 import waitress.server
+import waitress.task
 import waitress.wasyncore
+from waitress.parser import ParsingError, TransferEncodingNotImplemented
+from waitress.utilities import BadRequest, build_http_date
 
 import db
 
@@ -67,7 +68,7 @@ VERSION = "1.0.0"
 MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
 MAX_PARAMETERS = 20  # of a query
-MAX_DEPTH = 100  # of a body: json's own limit depends on the Python
+TOO_LARGE = f"The body may have {MAX_BODY} bytes."
 RETRY_AFTER = "1"  # seconds
 
 
@@ -560,10 +561,6 @@ class Problem(bottle.HTTPResponse):
         )
 
 
-def too_large() -> Problem:
-    return Problem(413, f"The body may have {MAX_BODY} bytes.")
-
-
 def unavailable(error) -> Problem:
     return Problem(503, str(error), headers={"Retry-After": RETRY_AFTER})
 
@@ -618,11 +615,8 @@ def unknown_products(error: db.UnknownProducts) -> Problem:
     )
 
 
-def precondition_failed(error: db.PreconditionFailed | None = None) -> Problem:
-    environ = bottle.request.environ
-    if environ["REQUEST_METHOD"] == "POST" and bottle.request.route.config["spec"].status == 201:
-        return Problem(412, "A collection has no state to match: send no If-Match.")
-    if_match = environ.get("HTTP_IF_MATCH", "")
+def precondition_failed(error: db.PreconditionFailed) -> Problem:
+    if_match = bottle.request.environ.get("HTTP_IF_MATCH", "")
     if re.fullmatch(r'[\s,]*(W/"[^"]*"[\s,]*)+', if_match):
         return Problem(
             412,
@@ -630,11 +624,6 @@ def precondition_failed(error: db.PreconditionFailed | None = None) -> Problem:
             "or fetch the resource without compression.",
         )
     return Problem(412, "The resource has changed since you read it: fetch it again and retry.")
-
-
-def internal_error(error: Exception) -> Problem:
-    traceback.print_exception(error, file=bottle.request.environ["wsgi.errors"])
-    return Problem(500, "Internal error; it has been logged.")
 
 
 Error = tuple[tuple, str]  # a path in a value, and a message that says what is right
@@ -666,22 +655,21 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     ValidationError: lambda error: invalid_body(error.errors),
     db.UnknownPlace: lambda error: invalid_query([(("after",), str(error))]),
     db.DatabaseUnavailable: unavailable,
-    Exception: internal_error,
 }
 
 
-def problem_for(error: Exception) -> Problem:
-    known = next(kind for kind in type(error).__mro__ if kind in PROBLEMS)
-    return PROBLEMS[known](error)
+def problem_for(error: Exception, log: TextIO | None = None) -> Problem:
+    """The response to an exception; one that is not expected is a fault, and goes to the log."""
+    for kind in type(error).__mro__:
+        if kind in PROBLEMS:
+            return PROBLEMS[kind](error)
+    traceback.print_exception(error, file=log)
+    return Problem(500, "Internal error; it has been logged.")
 
 
 def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
     """Answer what Bottle itself refuses: no such path, or not with this method."""
-    environ = bottle.request.environ
     if error.status_code == 404:
-        if (environ["REQUEST_METHOD"], environ["PATH_INFO"]) == ("OPTIONS", "*"):
-            everything = {"Allow": "DELETE, GET, HEAD, OPTIONS, PATCH, POST"}
-            return bottle.HTTPResponse(status=204, headers=everything)
         return Problem(404, "No such path; GET / lists the paths.")
     if error.status_code != 405:
         return Problem(error.status_code, str(error.body))
@@ -689,7 +677,7 @@ def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
     if "GET" in methods:
         methods.add("HEAD")
     allow = {"Allow": ", ".join(sorted(methods))}
-    if environ["REQUEST_METHOD"] == "OPTIONS":
+    if bottle.request.method == "OPTIONS":
         return bottle.HTTPResponse(status=204, headers=allow)
     return Problem(405, f"Use one of {allow['Allow']} here.", headers=allow)
 
@@ -714,64 +702,63 @@ class Plugin:
         if spec is None:  # an embedding program's own route
             return callback
         names = list(inspect.signature(callback).parameters)
+        query_validator = compile_schema(spec.query)
+        body_validator = compile_schema(spec.body) if spec.body else None
 
-        def call(**path_ids):
+        def respond(environ: dict, path_ids: dict) -> Any:
+            if environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":
+                raise Problem(417, "The only expectation that can be met is 100-continue.")
+            if spec.access in self.tokens:
+                authorize(environ, self.tokens[spec.access])
+            arguments = {"store": self.store, "secured": self.secured, **path_ids}
+            arguments["query"] = read_query(environ, spec.query, query_validator)
+            arguments["if_match"] = read_if_match(environ)
+            raw = b""
+            if body_validator:
+                raw = read_body(environ, spec.media_types)
+                arguments["body"] = parse_body(raw, body_validator)
+            action = functools.partial(callback, **{name: arguments[name] for name in names})
+            if environ["REQUEST_METHOD"] == "POST" and "HTTP_IDEMPOTENCY_KEY" in environ:
+                return self.respond_once(environ, raw, action)
+            body = action()
+            if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+                bottle.response.headers.setdefault("Cache-Control", "no-cache")
+                if is_known(environ):
+                    bottle.response.status = 304
+                    return b""
+            return body
+
+        def call(**path_ids: int) -> Any:
+            environ = bottle.request.environ
             try:
-                return self.respond(callback, names, spec, path_ids)
+                return respond(environ, path_ids)
             except bottle.HTTPResponse as response:  # a Problem
                 return response
             except Exception as error:
-                return problem_for(error)
+                return problem_for(error, environ["wsgi.errors"])
 
         return call
 
-    def respond(self, callback: Callable, names: list, spec: Spec, path_ids: dict):
-        """The response of a route to the request that Bottle is handling."""
-        environ = bottle.request.environ
-        if spec.access in self.tokens:
-            authorize(environ, self.tokens[spec.access])
-        arguments = {
-            "store": self.store,
-            "secured": self.secured,
-            "query": read_query(environ.get("QUERY_STRING"), spec.query),
-            **path_ids,
-        }
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            arguments["if_match"] = read_preconditions(environ, "if_match" in names)
-        raw = b""
-        if spec.body:
-            raw = read_body(environ, spec.media_types)
-            arguments["body"] = parse_body(raw, spec.body)
-        action = functools.partial(callback, **{name: arguments[name] for name in names})
-        key = environ.get("HTTP_IDEMPOTENCY_KEY")
-        if key is not None and environ["REQUEST_METHOD"] == "POST":
-            return self.respond_once(read_key(key), fingerprint(environ, raw), action)
-        body = action()
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            bottle.response.headers.setdefault("Cache-Control", "no-cache")
-            return if_modified(body, environ)
-        return body
-
-    def respond_once(self, key: str, request_fingerprint: str, action: Callable) -> bytes:
-        """The response to the first request with this key, stored with what it did."""
-        response = bottle.response
+    def respond_once(self, environ: dict, raw: bytes, action: Callable) -> bytes:
+        """Run a route and store its response with its work; a repeat gets that response again."""
+        key = read_key(environ["HTTP_IDEMPOTENCY_KEY"])
+        digest = fingerprint(environ, raw)
+        headers = bottle.response.headers
         with self.store.transaction():
-            stored = self.store.get_idempotent(key, request_fingerprint)
+            stored = self.store.get_idempotent(key, digest)
             if stored is None:
-                done = action()
-                location = response.get_header("Location")
-                etag = response.get_header("ETag")
-                result = [response.status_code, location, done.decode(), etag]
-                self.store.save_idempotent(key, request_fingerprint, result)
-                return done
-        status, location, body, *etags = stored  # keys from before version 2 have no ETag
-        repeat = json_response(body.encode(), status)
-        if location:
-            response["Location"] = location
-        if any(etags):
-            response["ETag"] = etags[0]
-        response["Idempotent-Replayed"] = "true"
-        return repeat
+                body = action()
+                location, etag = headers.get("Location"), headers.get("ETag")
+                result = [bottle.response.status_code, location, body.decode(), etag]
+                self.store.save_idempotent(key, digest, result)
+                return body
+        status, location, text, *etags = stored  # keys from before version 2 have no ETag
+        body = json_response(text.encode(), status)
+        for name, value in ("Location", location), ("ETag", "".join(filter(None, etags))):
+            if value:
+                headers[name] = value
+        headers["Idempotent-Replayed"] = "true"
+        return body
 
 
 def authorize(environ: dict, tokens: list[str]) -> None:
@@ -786,21 +773,19 @@ def authorize(environ: dict, tokens: list[str]) -> None:
         )
 
 
-def read_query(text: str | None, schema: dict) -> dict:
+def read_query(environ: dict, schema: dict, validator: "Validator") -> dict:
     """The query parameters, validated. Raises a Problem."""
-    if not text:
-        return {}
+    pairs = environ.get("QUERY_STRING", "").split("&")
     query: dict[str, Any] = {}
-    errors: list = []
-    pairs = text.split("&")
+    errors: list[Error] = []
     if len(pairs) > MAX_PARAMETERS:
         excess = pairs[MAX_PARAMETERS].partition("=")[0]
         errors.append(((excess,), f"is one too many: a query may have {MAX_PARAMETERS} parameters"))
-        text = "&".join(pairs[:MAX_PARAMETERS])
+    text = "&".join(pairs[:MAX_PARAMETERS])
     for pair in parse_qsl(text, keep_blank_values=True, encoding="latin-1"):
         name, value = (part.encode("latin-1", "replace") for part in pair)
         read_parameter(name, value, schema, query, errors)
-    query = compile_schema(schema)(query, (), errors)
+    query = validator(query, (), errors)
     if errors:
         raise invalid_query(errors)
     return query
@@ -819,24 +804,19 @@ def read_parameter(raw_name: bytes, raw: bytes, schema: dict, query: dict, error
     query[name] = value
 
 
-def read_preconditions(environ: dict, has_state: bool) -> db.Precondition:
-    """The condition that a write puts on its resource's current ETag (RFC 9110, 13.1), or None.
-
-    has_state: whether there is an ETag to compare; a POST to a collection has none.
-    """
+def read_if_match(environ: dict) -> db.Precondition:
+    """The condition that If-Match puts on the current ETag (RFC 9110, 13.1.1), or None."""
     if_match = environ.get("HTTP_IF_MATCH")
-    if_none_match = environ.get("HTTP_IF_NONE_MATCH")
-    if if_match is None and if_none_match is None:
+    if if_match is None:
         return None
-    if not has_state and (if_match is not None or (if_none_match or "").strip() == "*"):
-        raise precondition_failed()
+    return lambda etag: matches(if_match, etag)
 
-    def holds(etag: str) -> bool:
-        if if_none_match is not None and matches(if_none_match, etag, weak=True):
-            return False
-        return if_match is None or matches(if_match, etag)
 
-    return holds
+def is_known(environ: dict) -> bool:
+    """Whether If-None-Match names the ETag of the response to a GET (RFC 9110, 13.1.2)."""
+    etag = bottle.response.get_header("ETag", "").strip('"')
+    if_none_match = environ.get("HTTP_IF_NONE_MATCH")
+    return bool(etag) and if_none_match is not None and matches(if_none_match, etag, weak=True)
 
 
 def matches(header: str, etag: str, *, weak: bool = False) -> bool:
@@ -845,21 +825,6 @@ def matches(header: str, etag: str, *, weak: bool = False) -> bool:
         return True
     tags = re.findall(r'(W/)?"([^"]*)"', header)
     return any(tag == etag and (weak or not prefix) for prefix, tag in tags)
-
-
-def if_modified(body: bytes, environ: dict) -> bytes | Problem:
-    """The response to a GET, or 412 or 304 as the request's conditions want (RFC 9110, 13.2.2)."""
-    etag = bottle.response.get_header("ETag", "").strip('"')
-    if not etag:
-        return body
-    if_match = environ.get("HTTP_IF_MATCH")
-    if if_match is not None and not matches(if_match, etag):
-        return precondition_failed()
-    if_none_match = environ.get("HTTP_IF_NONE_MATCH")
-    if if_none_match is not None and matches(if_none_match, etag, weak=True):
-        bottle.response.status = 304
-        return b""
-    return body
 
 
 def read_key(header: str) -> str:
@@ -882,42 +847,33 @@ def fingerprint(environ: dict, raw: bytes) -> str:
 
 def read_body(environ: dict, media_types: tuple) -> bytes:
     """The bytes of the body, declared as JSON and not too many. Raises a Problem."""
+    accept = {"Accept": ", ".join(media_types)}
     if not is_json(environ.get("CONTENT_TYPE", ""), media_types):
-        raise Problem(
-            415,
-            "Send JSON in UTF-8 and say so, with curl: -H 'Content-Type: application/json'",
-            headers={"Accept": ", ".join(media_types)},
-        )
+        hint = "Send JSON in UTF-8 and say so, with curl: -H 'Content-Type: application/json'"
+        raise Problem(415, hint, headers=accept)
     coding = environ.get("HTTP_CONTENT_ENCODING", "identity")
     if coding.strip().lower() not in ("identity", ""):
-        raise Problem(
-            415,
-            f"Send the body as it is, without Content-Encoding: {coding}",
-            headers={"Accept": ", ".join(media_types), "Accept-Encoding": "identity"},
-        )
+        hint = f"Send the body without Content-Encoding: {coding}"
+        raise Problem(415, hint, headers=accept | {"Accept-Encoding": "identity"})
     raw = environ["wsgi.input"].read(min(body_length(environ), MAX_BODY + 1))
     if len(raw) > MAX_BODY:
-        raise too_large()
+        raise Problem(413, TOO_LARGE)
     return raw
 
 
 def body_length(environ: dict) -> int:
     """How many bytes may be read of the body. Raises a Problem."""
     length = environ.get("CONTENT_LENGTH")
+    if length and not re.fullmatch("[0-9]{1,19}", length):
+        raise Problem(400, "Content-Length must be a number.")
     if length:
-        return parse_length(length)
+        return int(length)
     # A server that has undone a chunked body may not know its length, but says where it ends.
     if environ.get("wsgi.input_terminated"):
         return MAX_BODY + 1
     if "HTTP_TRANSFER_ENCODING" in environ:
         raise Problem(411, "Send the body with a Content-Length.")
     return 0
-
-
-def parse_length(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise Problem(400, "Content-Length must be a number.")
-    return int(text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -929,29 +885,19 @@ def is_json(content_type: str, media_types: tuple) -> bool:
     return media_type.strip().lower() in media_types
 
 
-def parse_body(raw: bytes, schema: dict) -> Any:
-    """The body as the routes work with it, validated. Raises a Problem."""
+def parse_body(raw: bytes, validator: "Validator") -> Any:
+    """The body as the routes work with it. Raises a Problem, or ValidationError."""
     if not raw:
         raise Problem(400, "The body is empty: send a JSON object.")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_too_deep(raw):
-        raise Problem(400, "The body is nested too deep.")
     try:
         value = json_decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Problem(400, f"The body is not UTF-8: see byte {error.start}.") from None
+    except RecursionError:
+        raise Problem(400, "The body is nested too deep.") from None
     except ValueError as error:
         raise Problem(400, f"The body is not JSON: {error}.") from None
-    return validate(value, schema)
-
-
-def is_too_deep(raw: bytes) -> bool:
-    """Whether the arrays and objects of a JSON text are nested deeper than MAX_DEPTH."""
-    text = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw, flags=re.DOTALL)
-    steps = (STEPS[byte] for byte in text if byte in STEPS)
-    return any(depth > MAX_DEPTH for depth in itertools.accumulate(steps))
-
-
-STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+    return validate(value, validator)
 
 
 def refuse_constant(name: str):
@@ -990,10 +936,6 @@ json_decode = json.JSONDecoder(
 ).decode
 
 
-# Bottle spells these in its own way.
-HEADER_NAMES = {"Etag": "ETag", "Www-Authenticate": "WWW-Authenticate"}
-
-
 # What a page of another origin may send, and see (https://fetch.spec.whatwg.org).
 CORS_REQUEST = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match"
 CORS_RESPONSE = "ETag, Link, Location, Retry-After, Idempotent-Replayed"
@@ -1017,7 +959,6 @@ class Application:
         self.store = store
         self.cors_origins = cors_origins
         self.bottle = new_bottle()
-        self.slow_paths: set[str] = set()
         self.bottle.default_error_handler = handle_http_error
         self.bottle.install(Plugin(store, admin_token, order_token))
         for route in api.routes:
@@ -1026,8 +967,6 @@ class Application:
             self.bottle.route(
                 sorted(rules), route.method, route.callback, skip=["json"], **route.config
             )
-            if route.config["spec"].slow:
-                self.slow_paths |= rules
 
     def __call__(self, environ: dict, start_response: Callable):
         path = environ.get("PATH_INFO", "")
@@ -1037,11 +976,10 @@ class Application:
             environ["PATH_INFO"] = quote(path, encoding="latin-1", errors="replace")
 
         def start(status: str, headers: list, exc_info=None):
-            spelled = [(HEADER_NAMES.get(name, name), value) for name, value in headers]
             if self.cors_origins:
-                spelled = self.allow_origin(environ, spelled)
+                headers = self.allow_origin(environ, headers)
             # Without exc_info: a Bottle that mounts this one would raise it again.
-            return start_response(status, spelled)
+            return start_response(status, headers)
 
         return self.bottle(environ, start)
 
@@ -1064,9 +1002,14 @@ class Application:
                 added["Access-Control-Max-Age"] = "600"
         return [*headers, *added.items()]
 
-    def is_slow(self, path: str) -> bool:
-        """Whether a GET of this path can take long."""
-        return path in self.slow_paths
+    def is_slow(self, environ: dict) -> bool:
+        """Whether a request is for a route that may take long."""
+        try:
+            route, _ = self.bottle.match(environ)
+        except bottle.HTTPError:
+            return False
+        spec = route.config.get("spec")
+        return spec is not None and spec.slow
 
     def close(self) -> None:
         """Close the database."""
@@ -1114,24 +1057,17 @@ def create_app(
 Validator = Callable[[Any, tuple, list[Error]], Any]
 
 
-def validate(value: Any, schema: dict) -> Any:
+def validate(value: Any, validator: Validator) -> Any:
     """The value as the routes work with it. Raises ValidationError with every error in it."""
     errors: list[Error] = []
-    valid = compile_schema(schema)(value, (), errors)
+    valid = validator(value, (), errors)
     if errors:
         raise ValidationError(errors)
     return valid
 
 
 def compile_schema(schema: dict) -> Validator:
-    """The validator of a schema, compiled once."""
-    if id(schema) not in VALIDATORS:
-        VALIDATORS[id(schema)] = COMPILERS[schema["type"]](schema)
-    return VALIDATORS[id(schema)]
-
-
-# By the identity of a schema: dicts have no hash, and the schemas are constants of this module.
-VALIDATORS: dict[int, Validator] = {}
+    return COMPILERS[schema["type"]](schema)
 
 
 def compile_object(schema: dict) -> Validator:
@@ -1192,7 +1128,7 @@ def refuse_repeated(items: list, key: str, path: tuple, errors: list[Error]) -> 
     seen = set()
     for position, item in enumerate(items):
         value = item.get(key) if type(item) is dict else None
-        # 1.0 and 1 are one id, and equal. True equals 1 too, and is none: its type tells.
+        # 1.0 == 1, so both are the same id. True == 1 too but is no id, hence the type check.
         if type(value) in (int, Decimal):
             if value in seen:
                 errors.append((path + (position,), f"repeats {key} {value}"))
@@ -1225,39 +1161,24 @@ def compile_string(schema: dict) -> Validator:
     return validate_string
 
 
-def compile_integer(schema: dict) -> Validator:
-    least = schema["minimum"]
-    most = schema["maximum"]
-
-    def validate_integer(value: Any, path: tuple, errors: list[Error]) -> int:
-        if type(value) not in (int, Decimal):  # nor bool, which is an int to isinstance
-            message = "must be an integer"
-        elif not least <= value <= most:
-            message = f"must be {least} to {most}"
-        elif value != int(value):
-            message = "must be an integer"
-        else:
-            return int(value)
-        errors.append((path, message))
-        return 0
-
-    return validate_integer
-
-
 def compile_number(schema: dict) -> Validator:
     """A number with two decimals comes back in whole hundredths: a price in cents."""
     least = schema["minimum"]
     most = schema["maximum"]
+    decimals = schema.get("decimals", 0)
+    step = Decimal(10) ** -decimals
+    noun = "a number" if decimals else "an integer"
+    too_fine = "must have at most two decimals" if decimals else "must be an integer"
 
     def validate_number(value: Any, path: tuple, errors: list[Error]) -> int:
-        if type(value) not in (int, Decimal):
-            message = "must be a number"
+        if type(value) not in (int, Decimal):  # nor bool, which is an int to isinstance
+            message = f"must be {noun}"
         elif not least <= value <= most:
             message = f"must be {least} to {most}"
-        elif type(value) is Decimal and value != value.quantize(Decimal("0.01")):
-            message = "must have at most two decimals"
+        elif type(value) is Decimal and value != value.quantize(step):
+            message = too_fine
         else:
-            return int(value * 100)
+            return int(value * 10**decimals)
         errors.append((path, message))
         return 0
 
@@ -1277,7 +1198,7 @@ COMPILERS = {
     "object": compile_object,
     "array": compile_array,
     "string": compile_string,
-    "integer": compile_integer,
+    "integer": compile_number,
     "number": compile_number,
     "boolean": compile_boolean,
 }
@@ -1887,882 +1808,426 @@ def log_statement(sql: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------- server
-# waitress without its worker threads: they and its main loop take the interpreter from each other.
-# One loop polls, serves the requests that have come in, commits once for all that write, and only
-# then sends their responses; reads that may take long run in one thread beside it. Of waitress
-# remain sockets and channels; what is overridden says why. The version is pinned, a test watches.
+# waitress, with a loop of ours in place of its threads: they and its main loop take the interpreter
+# from each other. A turn of the loop polls, computes the response to every request that has come
+# in, commits once for all writes, and only then responds. Reads that may take long run in a thread
+# of waitress beside it. A test names every internal of waitress that is used here.
 
-MAX_HEADER = 16 << 10  # bytes of a request's head, and of the trailers of a chunked body
-MAX_CACHED_HEAD = 1 << 10  # bytes
-MAX_EMPTY_LINES = 8  # before a request
-MAX_SIZE_LINE = 256  # bytes of a chunk's size line
+MAX_HEADER = 16 << 10  # bytes of a request's head
+RECV_BYTES = 2 << 10  # at a time: bounds what chunks of one byte cost a turn
 MAX_CACHE = 32 << 20  # bytes of responses
-CACHED_BY = (  # and by the target: what an answer with an ETag depends on
-    "REQUEST_METHOD",
-    "HTTP_IF_MATCH",
-    "HTTP_IF_NONE_MATCH",
-    "HTTP_AUTHORIZATION",
-    "HTTP_ORIGIN",
-)
-RECV_BYTES = 1 << 12  # at a time: what chunks of a byte in it cost is what a turn may wait for
-MAX_JOINED = 1 << 16  # bytes of a body that is sent with its head in one piece
-TURN = 0.02  # seconds that the loop serves before it polls again
-IDLE_TIMEOUT = 30  # seconds of an idle connection, or for a request to arrive
-LOCK_TIMEOUT = 5  # seconds that a write waits for another process
+UNLIMITED = 1 << 40  # for limits of waitress that are to be out of reach
+IDLE_TIMEOUT = 130  # seconds: longer than the proxies in front keep theirs (Caddy: 120)
+REQUEST_TIMEOUT = 30  # seconds from the first byte of a request to its last
 LINGER_TIMEOUT = 5  # seconds that a client has to read the last response
+LOCK_TIMEOUT = 5  # seconds that a write waits for another process
 DRAIN_TIMEOUT = 4.5  # seconds after a signal for the requests under way
-DRAIN_LOCK_TIMEOUT = 2  # seconds after a signal for the write lock
 
-# A strict parser: RFC 9112, 2.1 to 5, where no two neighbours in a pattern can take the same byte,
-# so that each takes linear time.
-
-REQUEST_LINE = re.compile(
-    r"""
-    (?P<method> [!#$%&'*+.^_`|~0-9A-Z-]+ ) [ ]
-    (?P<target> [^\x00-\x20\x7f#]+ ) [ ]  # bytes above 0x7f: curl sends what is typed
-    HTTP/ (?P<version> 1\.[01] ) \r\n
-    """,
-    re.VERBOSE,
-)
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-FIELDS = re.compile(f"(?:{FIELD.pattern.replace('(', '(?:')})*")
-# What never becomes a head, however long one waits: no method at its start, a bare LF or CR.
-INVALID = re.compile(rb"\A[^!#$%&'*+.^_`|~0-9A-Za-z\r-]|(?<!\r)\n|\r[^\n]")
-# RFC 9110, 7.2, without the comma, which stands between the values of two headers.
-AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
-HOST = re.compile(rf"(?:{AUTHORITY})?", re.ASCII)
-ABSOLUTE = re.compile(rf"https?://({AUTHORITY})(?=[/?]|\Z)", re.ASCII | re.IGNORECASE)
-SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-SIZE_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?)?")
-
-
-class Head:
-    """The request line and the fields of a request. Raises a Problem."""
-
-    def __init__(self, raw: bytes):
-        text = raw.decode("latin-1")
-        line = REQUEST_LINE.match(text)
-        if not line or not FIELDS.fullmatch(text, line.end()):
-            raise malformed(raw)
-        self.command = line["method"]
-        self.version = line["version"]
-        self.environ: dict[str, str] = {}  # what a WSGI environ has of it
-        self.read_fields(FIELD.findall(text, line.end()))
-        self.read_target(line["target"])
-        self.read_framing()
-        self.read_connection()
-        self.cache_key = (self.target, *map(self.environ.get, CACHED_BY))
-
-    def read_fields(self, fields: list[tuple[str, str]]) -> None:
-        for name, value in fields:
-            if "_" in name:  # in environ it would pass for the name with a hyphen
-                continue
-            key = "HTTP_" + name.upper().replace("-", "_")
-            text = value.strip(" \t")
-            self.environ[key] = f"{self.environ[key]}, {text}" if key in self.environ else text
-        host = self.environ.get("HTTP_HOST", "" if self.version == "1.0" else None)
-        if host is None or not HOST.fullmatch(host):  # RFC 9112, 3.2
-            raise Problem(400, "HTTP/1.1 needs exactly one valid Host header.")
-
-    def read_target(self, target: str) -> None:
-        if not target.isascii():
-            target = quote(target, safe=string.printable, encoding="latin-1")
-        self.target = target
-        if not target.startswith("/"):
-            target = self.origin_form(target)
-        path, _, query = target.partition("?")
-        if "%" in path:
-            path = unquote_to_bytes(path).decode("latin-1")
-        self.environ["PATH_INFO"] = path
-        self.environ["QUERY_STRING"] = query
-        # To HEAD only the body is not sent.
-        self.environ["REQUEST_METHOD"] = "GET" if self.command == "HEAD" else self.command
-
-    def origin_form(self, target: str) -> str:
-        if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
-            return target  # RFC 9112, 3.2.3 and 3.2.4: a path of no route
-        absolute = ABSOLUTE.match(target)
-        if not absolute:
-            raise Problem(400, "Malformed request line: the target must start with a slash.")
-        self.environ["HTTP_HOST"] = absolute[1]  # RFC 9112, 3.2.2: whatever Host was sent
-        rest = target[absolute.end() :]
-        return rest if rest.startswith("/") else "/" + rest
-
-    def read_framing(self) -> None:
-        # RFC 9112, 6.1 and 6.3: what could be read in two ways is a way to smuggle requests.
-        self.environ["CONTENT_TYPE"] = self.environ.pop("HTTP_CONTENT_TYPE", "")
-        length = self.environ.pop("HTTP_CONTENT_LENGTH", None)
-        coding = self.environ.pop("HTTP_TRANSFER_ENCODING", None)
-        if coding is not None and (length is not None or self.version == "1.0"):
-            raise Problem(400, "Ambiguous message length.")
-        if coding is not None and coding.lower() != "chunked":
-            raise Problem(400, "The only transfer coding is chunked.")
-        self.is_chunked = coding is not None
-        self.length = 0 if length is None else read_length(length)
-
-    def read_connection(self) -> None:
-        wishes = self.environ.get("HTTP_CONNECTION", "").lower()
-        self.is_last = "close" in wishes
-        if self.version == "1.0":
-            self.is_last = "keep-alive" not in wishes
-        expectation = self.environ.get("HTTP_EXPECT")
-        self.expects_continue = False
-        if expectation and self.version == "1.1":  # RFC 9110, 10.1.1
-            if expectation.lower() != "100-continue":
-                raise Problem(417, "The only expectation that can be met is 100-continue.")
-            self.expects_continue = self.is_chunked or self.length > 0
-
-
-# A client sends the same head again and again, but for what a proxy adds to it.
-read_head = functools.lru_cache(maxsize=1024)(Head)
-
-
-class RequestParser:
-    """One request as it comes in: what waitress's channel asks of its parser, and no more."""
-
-    head: Head  # once headers_finished
-    headers_finished = False
-    expect_continue = False  # the client waits for a 100 before it sends the body
-    completed = False
-    empty = True  # nothing but empty lines has come
-    error: Problem | None = None
-    is_write = False
-    is_last = False  # the connection closes behind the response
-    is_head = False  # it has no body, not even that of an error (RFC 9110, 9.3.2)
-
-    def __init__(self, adj: object):
-        self.received_at = time.monotonic()  # its first byte
-        self.buffer = bytearray()  # what has come and is not yet read
-        self.body = bytearray()
-        self.reading = self.read()
-
-    def received(self, data: bytes) -> int:
-        """Take the bytes of this request from the data; return their number."""
-        self.buffer += data
-        try:
-            self.completed = next(self.reading, True)  # False for more, and True at its end
-        except Problem as problem:
-            self.refuse(problem)
-            return len(data)  # where the next request would start is unknown
-        if not self.completed:
-            return len(data)
-        self.expect_continue = False
-        return len(data) - len(self.buffer)
-
-    def refuse(self, problem: Problem) -> None:
-        self.error = problem
-        if not self.headers_finished:
-            self.is_head = self.buffer.startswith(b"HEAD ")
-        self.is_write = False
-        self.is_last = True
-        self.empty = False
-        self.expect_continue = False
-        self.completed = True
-        self.close()
-
-    def read(self) -> Generator[bool, None, None]:
-        """Read the request from the buffer, and yield False wherever more of it must come."""
-        empty_lines = 0
-        while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
-            # RFC 9112, 2.2: an old client may send some behind the body of the request before.
-            if len(self.buffer) < 2:
-                self.empty = not self.buffer
-                yield False
-                continue
-            if empty_lines == MAX_EMPTY_LINES:
-                raise Problem(400, "Malformed request: too many empty lines.")
-            empty_lines += 1
-            del self.buffer[:2]
-        self.empty = False
-        self.received_at = time.monotonic()
-        searched = 0
-        while (end := self.find_end_of_head(searched)) < 0:
-            searched = len(self.buffer)
-            yield False
-        self.read_head(end)
-        if self.head.is_chunked:
-            yield from self.read_chunks()
-            yield from self.read_trailers()
-            return
-        while len(self.buffer) < self.head.length:
-            yield False
-        self.body += self.buffer[: self.head.length]
-        del self.buffer[: self.head.length]
-
-    def find_end_of_head(self, searched: int) -> int:
-        end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0), MAX_HEADER)
-        if end < 0 and INVALID.search(self.buffer, max(searched - 1, 0), MAX_HEADER):
-            raise malformed(self.buffer)
-        if end < 0 and len(self.buffer) >= MAX_HEADER:
-            raise Problem(431, "The headers are larger than 16 KiB.")
-        return end
-
-    def read_head(self, end: int) -> None:
-        raw = bytes(self.buffer[: end + 2])
-        self.head = read_head(raw) if len(raw) < MAX_CACHED_HEAD else Head(raw)
-        del self.buffer[: end + 4]
-        self.headers_finished = True
-        self.expect_continue = self.head.expects_continue
-        self.is_write = self.head.command not in ("GET", "HEAD", "OPTIONS")
-        self.is_last = self.head.is_last
-        self.is_head = self.head.command == "HEAD"
-
-    def read_chunks(self) -> Iterator[bool]:
-        """Read a chunked body (RFC 9112, 7.1), in linear time however small its chunks are."""
-        framing = 0  # bytes of size lines, and of the CRLF behind each chunk
-        size = -1
-        while size:
-            while not (line := SIZE_LINE.match(self.buffer, 0, MAX_SIZE_LINE)):
-                require(SIZE_LINE_START.fullmatch(self.buffer))
-                require(len(self.buffer) < MAX_SIZE_LINE)
-                yield False
-            start = line.end()
-            size = int(line[1], 16)
-            framing += start + 2
-            require(framing <= MAX_BODY)
-            if len(self.body) + size > MAX_BODY:
-                raise too_large()
-            end = start + size
-            if size:
-                while len(self.buffer) < end + 2:
-                    yield False
-                require(self.buffer[end : end + 2] == b"\r\n")
-                self.body += self.buffer[start:end]
-                end += 2
-            del self.buffer[:end]
-
-    def read_trailers(self) -> Iterator[bool]:
-        # RFC 9112, 7.1.2: fields may be ignored; anything else may be a smuggled request.
-        limit = MAX_HEADER
-        while True:
-            while not (end := self.buffer.find(b"\n") + 1):
-                require(len(self.buffer) <= limit)
-                yield False
-            line = bytes(self.buffer[:end])
-            del self.buffer[:end]
-            limit -= end
-            require(limit >= 0)
-            if line == b"\r\n":
-                return
-            require(FIELD.fullmatch(line.decode("latin-1")))
-
-    def close(self) -> None:
-        """Free the buffers of a request that has not come in full: its generator refers to it."""
-        self.reading.close()
-
-
-def malformed(head: bytes | bytearray) -> Problem:
-    if INVALID.search(head):
-        return Problem(400, "Malformed request: lines must end in CRLF.")
-    if not REQUEST_LINE.match(head.decode("latin-1")):
-        return Problem(400, "Malformed request line: it must be METHOD /path HTTP/1.1.")
-    return Problem(400, "Malformed header.")
-
-
-def read_length(text: str) -> int:
-    if "," in text:
-        raise Problem(400, "Ambiguous message length.")
-    length = parse_length(text)
-    if length > MAX_BODY:
-        raise too_large()
-    return length
-
-
-def require(condition: object) -> None:
-    if not condition:
-        raise Problem(400, "Malformed chunked body.")
-
-
-# Batches.
+# RFC 9112, 2.1 to 5. No two neighbours in a pattern can match the same byte: each is linear.
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
+TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
+REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[01]\r\n")
+FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
+BLANKS = re.compile(rb"(\r\n%b+:)[ \t]+" % TOKEN)
+CODING = re.compile(rb"\r\nTransfer-Encoding:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE)
+VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
+# What waitress would skip, or wait behind: no method at the start, a bare CR or LF.
+MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
+CLOSE = b"Connection: close\r\n"
+REFUSALS = {
+    413: TOO_LARGE,
+    431: f"The headers may have {MAX_HEADER} bytes.",
+}
 
 
 class Response(NamedTuple):
-    status: str
-    head: bytes  # but Date, Connection and the empty line
+    status: str  # three digits
+    head: bytes  # but for Date, and for Connection where the server closes it
     body: bytes
-    is_cacheable: bool = False
+    is_last: bool  # on its connection
 
 
-def make_response(status: str, headers: list, body: bytes) -> Response:
-    lines = [f"HTTP/1.1 {status}", *map(": ".join, headers), ""]
-    is_cacheable = "ETag" in dict(headers)
-    return Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_cacheable)
+class Request(waitress.parser.HTTPRequestParser):
+    """One request, as waitress reads it, after a stricter look at its head."""
+
+    raw = b""  # its head
+    began_at = 0.0  # when its first byte came
+    response: Response | None = None  # once it has been computed
+
+    @property
+    def is_write(self):
+        return not self.error and not self.raw.startswith((b"GET ", b"HEAD ", b"OPTIONS "))
+
+    def received(self, data):
+        if not self.headers_finished:
+            if not self.header_plus.strip():
+                self.began_at = time.monotonic()
+            text = self.header_plus + data
+            self.raw = text.partition(b"\r\n\r\n")[0]
+            if MALFORMED.search(self.raw) or text.startswith(b"\r\n" * 9):
+                self.error = BadRequest("A request begins with a method, its lines end in CRLF.")
+                self.completed = True
+                return len(data)
+        consumed = super().received(data)
+        if self.error or self.body_rcv is None:
+            self.expect_continue = False  # or waitress would wait for a body
+        return consumed
+
+    def parse_header(self, header_plus):
+        self.raw = header_plus
+        line = REQUEST_LINE.match(header_plus)
+        if not line:
+            raise ParsingError("The request line must be METHOD /path HTTP/1.1.")
+        if not FIELDS.fullmatch(header_plus, line.end()):
+            raise ParsingError("Each header must be a line such as Name: value.")
+        # waitress takes quadratic time for blanks before a value, and no byte above 0x7f: curl
+        # sends what is typed.
+        head = BLANKS.sub(rb"\1", header_plus)
+        if not line[0].isascii():
+            head = quote(line[0], safe=string.printable).encode() + head[line.end() :]
+        try:
+            super().parse_header(head)
+        except (ValueError, TransferEncodingNotImplemented) as error:
+            raise ParsingError("The target, a length or a transfer coding is invalid.") from error
+        host = self.headers.get("HOST", "" if self.version == "1.0" else None)
+        if host is None or not VALID_HOST.fullmatch(host):  # RFC 9112, 3.2
+            raise ParsingError("HTTP/1.1 needs exactly one valid Host header.")
+        codings = CODING.findall(self.raw)
+        has_length = self.version == "1.0" or "CONTENT_LENGTH" in self.headers
+        if codings and (has_length or b",".join(codings).lower() != b"chunked"):
+            raise ParsingError("Ambiguous message length.")  # RFC 9112, 6.1 and 6.3
+        if "close" in self.headers.get("CONNECTION", "").lower():
+            self.connection_close = True
+        if self.content_length > MAX_BODY:
+            self.content_length = UNLIMITED  # which waitress refuses at once
+
+    def respond(self, status, headers, body):
+        lines = [f"HTTP/1.1 {status}", *map(": ".join, headers), ""]
+        is_last = bool(self.error or self.connection_close)
+        if self.version == "1.0" and not is_last:
+            lines.insert(1, "Connection: keep-alive")
+        self.response = Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_last)
+        return self.response
+
+    def refuse(self, problem=None):
+        """Respond with a problem; without one, with what waitress found wrong."""
+        error = self.error
+        problem = problem or Problem(error.code, REFUSALS.get(error.code, error.body))
+        headers = [*problem.headerlist, ("Content-Length", str(len(problem.body)))]
+        is_head = (self.header_plus or self.raw).lstrip().startswith(b"HEAD ")  # RFC 9110, 9.3.2
+        self.respond(problem.status_line, headers, b"" if is_head else problem.body)
 
 
-def problem_response(problem: Problem) -> Response:
-    headers = [*problem.headerlist, ("Content-Length", str(len(problem.body)))]
-    return make_response(problem.status_line, headers, problem.body)
+class Task(waitress.task.WSGITask):
+    """Sends the response to a request, which has been computed before."""
 
-
-def call_app(app: Application, environ: dict) -> Response:
-    started: list = []
-    chunks = app(environ, lambda *start: started.append(start))
-    body = b"".join(chunks)
-    status, headers, *_ = started[-1]
-    return make_response(status, headers, body)
+    def execute(self):
+        if not self.request.response:
+            self.request.refuse()
+        _, head, body, is_last = self.request.response
+        loop = self.channel.server.task_dispatcher
+        self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
+        self.wrote_header = True  # or waitress would write its own
+        end = CLOSE if self.close_on_finish else b""
+        self.channel.write_soon(b"%b%b%b\r\n%b" % (head, loop.date, end, body))
 
 
 class Channel(waitress.channel.HTTPChannel):
-    """A connection. Responses wait in `output` for the commit.
-
-    waitress's own serves in a thread of its own, with locks and buffers between it and the loop;
-    and it closes a connection at once, so that a client that still sends may lose its response.
+    """A connection. Before it is closed it is closed for writing only: a reset would take the
+    response from a client that still sends (RFC 9112, 9.6).
     """
 
-    parser_class = RequestParser
-    lingering_until = 0.0  # a connection that is closed for writing is read until then
-    received_at = 0.0  # when the request was complete
+    parser_class = Request
+    task_class = error_task_class = Task
+    active_at = 0.0  # waitress's own times follow the wall clock
+    received_at = 0.0  # when the first of its requests was complete
+    lingering_until = 0.0  # closed for writing, and read until then
+    is_held = False  # its next request waits until the last response has been sent
 
-    def __init__(self, server, *args, **kwargs):
-        self.output = collections.deque()
-        super().__init__(server, *args, **kwargs)
-        self.last_activity = time.monotonic()
-        server.loop.poller.watch(self)
-
-    def readable(self):
-        is_busy = self.output or self.requests or self.will_close or self.close_when_flushed
-        return self.lingering_until or not is_busy
-
-    def writable(self):
-        return self.output or self.will_close or self.close_when_flushed
+    def received(self, data):
+        # A GET that has been answered is known by its bytes, and need not be parsed.
+        if self.request or self.requests or data not in self.server.task_dispatcher.cache:
+            return super().received(data)
+        self.requests.append(Request(self.adj))
+        self.requests[0].raw = data
+        self.server.add_task(self)
+        return True
 
     def handle_read(self):
-        try:
-            data = self.socket.recv(MAX_BODY if self.lingering_until else RECV_BYTES)
-        except OSError:
-            return self.handle_close()
-        if self.lingering_until:  # what comes now is thrown away
-            return None if data else self.handle_close()
-        if data:
-            self.last_activity = time.monotonic()
-            self.received(data)
-        elif self.request and not self.request.empty:
-            self.refuse(Problem(400, "The request ended before it was complete."))
-        else:
-            self.handle_close()
-
-    def respond(self, response):
-        """Queue the response to the first request."""
-        request = self.requests.pop(0)
-        self.served = (request, response, self.received_at)
-        is_last = request.is_last or (self.server.loop.stopped_at and not self.requests)
-        connection = b"\r\n"
-        if is_last:
-            connection = b"Connection: close\r\n\r\n"
-        elif request.head.version == "1.0":
-            connection = b"Connection: keep-alive\r\n\r\n"
-        head = response.head + self.server.loop.date + connection
-        if request.is_head:
-            self.output.append(head)
-        elif len(response.body) < MAX_JOINED:
-            self.output.append(head + response.body)
-        else:
-            self.output += [head, response.body]
-        if is_last:
-            self.requests = []
-            self.close_when_flushed = True
-        elif not self.requests and self.request and self.request.expect_continue:
-            self.send_continue()
-
-    def send_continue(self):
-        # waitress's own flushes at once, before the commit of what waits to be sent.
-        self.request.expect_continue = False
-        self.sent_continue = True
-        self.output.append(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def refuse(self, problem):
-        """Answer a request that has not come in full, and close."""
-        self.request.refuse(problem)
-        self.requests = [self.request]
-        self.request = None
-        self.server.add_task(self)
-
-    def take_back(self):
-        """Be as before respond(): what waits is not sent."""
-        self.output.clear()
-        self.close_when_flushed = False
-        self.requests.insert(0, self.served[0])
-        if self.sent_continue:  # to the next request
-            self.request.expect_continue = True
-            self.sent_continue = False
-
-    def flush(self):
-        while self.output:
-            data = self.output[0]
-            sent = self.socket.send(data)
-            self.last_activity = time.monotonic()
-            if sent < len(data):
-                self.output[0] = memoryview(data)[sent:]
-            else:
-                self.output.popleft()
+        self.active_at = time.monotonic()
+        if not self.lingering_until:
+            return super().handle_read()
+        with contextlib.suppress(OSError):
+            self.recv(MAX_BODY)  # and forget it
 
     def handle_write(self):
-        try:
-            self.flush()
-        except BlockingIOError:
-            return
-        except OSError:
-            self.will_close = True
-        if self.will_close:
-            self.handle_close()
-        elif self.close_when_flushed:
-            self.lingering_close()
-        elif self.requests:
+        self.active_at = time.monotonic()
+        is_last = self.close_when_flushed
+        self.close_when_flushed = False
+        super().handle_write()
+        if not self.connected or self.total_outbufs_len:
+            self.close_when_flushed = is_last
+        elif is_last:
+            self.linger()
+        elif self.is_held:
+            self.is_held = False
             self.server.add_task(self)
 
     def handle_expt(self):
-        # Urgent data are no part of HTTP, and poll tells of them without end.
-        self.handle_close()
+        self.handle_close()  # poll would report urgent data, no part of HTTP, without end
 
-    def del_channel(self, map=None):
-        # waitress's own knows of no poller, and leaves the request to the garbage collector.
-        self.server.loop.poller.forget(self._fileno)
-        if self.request:
-            self.request.close()
-        super().del_channel(map)
-
-    def lingering_close(self):
-        """Close for writing only: a reset would take the response from one that still sends."""
-        self.close_when_flushed = False
+    def linger(self):
         self.lingering_until = time.monotonic() + LINGER_TIMEOUT
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def check_timeouts(self, now):
-        request = self.request
-        if self.lingering_until:
-            self.will_close = self.lingering_until < now
-        elif self.requests and not self.output:
-            return  # for the write lock, or a slow read
-        elif request and not request.empty and request.received_at < now - IDLE_TIMEOUT:
-            self.refuse(Problem(408, f"The request took more than {IDLE_TIMEOUT} s to arrive."))
-        elif self.last_activity < now - IDLE_TIMEOUT:
-            self.will_close = True
+    def check_timeout(self, now):
+        self.active_at = self.active_at or now
+        end = self.lingering_until or self.active_at + IDLE_TIMEOUT
+        if self.request and (self.request.headers_finished or self.request.header_plus.strip()):
+            end = self.request.began_at + REQUEST_TIMEOUT
+        is_waiting = self.requests and not self.total_outbufs_len  # for the lock, or a slow read
+        if end < now and not is_waiting:
+            self.handle_close()
 
 
 class Server(waitress.server.TcpWSGIServer):
-    """A listening socket. waitress's own wakes threads, and trusts the wall clock."""
+    """A listening socket."""
 
     channel_class = Channel
 
-    def __init__(self, loop, *args, **kwargs):
-        self.loop = loop
-        super().__init__(*args, **kwargs)
-        self.environ: dict[str, Any] = {
-            "SERVER_NAME": self.server_name,
-            "SERVER_PORT": str(self.effective_port),
-            "SERVER_PROTOCOL": "HTTP/1.1",
-            "SCRIPT_NAME": "",
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-            "wsgi.input_terminated": True,
-        }
-
-    def readable(self):
-        return self.accepting and len(self._map) < self.adj.connection_limit
-
     def handle_accept(self):
-        # waitress accepts one connection each time it polls: accept all that wait.
+        # waitress accepts one connection each time it polls. Accept all that wait.
         before = -1
         while before < len(self.active_channels) and len(self._map) < self.adj.connection_limit:
             before = len(self.active_channels)
             super().handle_accept()
 
-    def add_task(self, channel):
-        # With output left it comes again when all is sent: responses leave in their order.
-        if not channel.output:
-            channel.received_at = time.perf_counter()
-            self.loop.ready.append(channel)
-
-    def make_environ(self, channel: Channel, request: RequestParser) -> dict:
-        return {
-            **self.environ,
-            **request.head.environ,
-            "REMOTE_ADDR": channel.addr[0],
-            "CONTENT_LENGTH": str(len(request.body)),
-            "wsgi.input": io.BytesIO(request.body),
-        }
-
-
-class Poller:
-    """Knows what each socket waits for. waitress asks every socket whenever it polls."""
-
-    def __init__(self) -> None:
-        self.map: dict[int, Any] = {}  # as waitress's dispatchers keep it: by descriptor
-        self.poll = select.poll()
-        self.flags: dict[int, int] = {}
-
-    def watch(self, dispatcher: Any) -> None:
-        """Look again at what a socket waits for, after whatever may have changed it."""
-        descriptor = dispatcher._fileno
-        if descriptor is None:
-            return
-        flags = 0
-        if dispatcher.readable():
-            flags |= select.POLLIN | select.POLLPRI
-        if not dispatcher.accepting and dispatcher.writable():
-            flags |= select.POLLOUT
-        if flags != self.flags.get(descriptor):
-            self.flags[descriptor] = flags
-            self.poll.register(descriptor, flags)
-
-    def forget(self, descriptor: int) -> None:
-        """A socket is about to be closed: the next one may get its descriptor."""
-        if self.flags.pop(descriptor, None) is not None:
-            self.poll.unregister(descriptor)
-
-    def handle_events(self, seconds: float) -> None:
-        for descriptor, events in self.poll.poll(seconds * 1000):
-            dispatcher = self.map[descriptor]
-            waitress.wasyncore.readwrite(dispatcher, events)
-            self.watch(dispatcher)
-
-
-class Cache:
-    """Responses to GETs, as long as nothing in the database has changed."""
-
-    def __init__(self) -> None:
-        self.version: object = None  # of the data
-        self.responses: dict[tuple, Response] = {}
-        self.size = 0
-
-    def refresh(self, version: object) -> None:
-        if version is None or version != self.version:
-            self.responses.clear()
-            self.size = 0
-        self.version = version
-
-    def add(self, version: object, key: tuple, response: Response) -> None:
-        size = entry_size(key, response)
-        if version is None or version != self.version or not response.is_cacheable:
-            return
-        if size > MAX_CACHE or key in self.responses:
-            return
-        self.responses[key] = response
-        self.size += size
-        while self.size > MAX_CACHE:
-            oldest = next(iter(self.responses))
-            self.size -= entry_size(oldest, self.responses.pop(oldest))
-
-
-def entry_size(key: tuple, response: Response) -> int:
-    return len(response.head) + len(response.body) + sum(len(part or "") for part in key)
-
-
-class SlowReads(threading.Thread):
-    """Runs reads that may take long, one after the other, while the loop serves others.
-
-    SQLite does its work without the interpreter, so the loop hardly notices.
-    """
-
-    def __init__(self, app: Application, wake: Callable[[], None]):
-        super().__init__(daemon=True)
-        self.app = app
-        self.wake = wake
-        self.is_closing = False
-        self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.waiting: dict[tuple, list[Channel]] = {}  # equal reads of one state are run once
-        self.finished: collections.deque = collections.deque()
-
-    def add(self, channel: Channel, job: tuple, environ: dict) -> None:
-        channels = self.waiting.setdefault(job, [])
-        channels.append(channel)
-        if len(channels) == 1:
-            self.queue.put((job, environ))
-
-    def run(self) -> None:
-        while (item := self.queue.get()) and not self.is_closing:
-            job, environ = item
-            response = None
-            if any(channel.connected for channel in self.waiting[job]):
-                response = call_app(self.app, environ)
-            self.finished.append((job, response))
-            self.wake()
-
-    def close(self) -> None:
-        self.is_closing = True
-        self.queue.put(None)
-        self.join(3)
+    def pull_trigger(self):
+        """Do nothing: it would wake the loop, which is the one that responds."""
 
 
 class Loop:
-    """Serves an application in the calling thread until a signal ends it."""
+    """Serves an application until a signal ends it: waitress's loop and task dispatcher in one."""
 
     def __init__(self, app: Application, settings: Settings):
         self.app = app
         self.store = app.store
-        self.log = Log() if settings.access_log and sys.stdout else None
-        self.poller = Poller()
-        self.map = self.poller.map
-        self.ready: list[Channel] = []
-        self.waiting = False  # for the write lock
-        self.alone = 0  # writes that must not share a transaction
-        self.stopped_at: float | None = None
+        self.has_log = settings.access_log and sys.stdout is not None
+        self.map: dict[int, Any] = {}  # waitress's, of sockets by descriptor
+        self.ready: collections.deque[Channel] = collections.deque()  # with a complete request
+        self.cache: dict[bytes, Response] = {}  # by the bytes of the request
+        self.cache_size = 0  # bytes
+        self.cache_version: object = None  # of the data
+        self.is_locked = False  # by another process, and writes wait
+        self.stopped_at = 0.0
         self.next_check = 0.0  # of timeouts
-        self.order_timeout = None if settings.read_only else settings.order_timeout
-        self.next_expiry = 0.0
+        self.order_timeout = settings.order_timeout or 0.0
+        self.next_expiry = 0.0 if settings.order_timeout and not settings.read_only else math.inf
         self.date = b""
-        self.cache = Cache()
         adj = waitress.adjustments.Adjustments(
             host=settings.host,
             port=settings.port,
             clear_untrusted_proxy_headers=False,
             connection_limit=allow_connections(),
+            recv_bytes=RECV_BYTES,
+            max_request_header_size=MAX_HEADER + 1,
+            max_request_body_size=2 * MAX_BODY,  # with the framing of chunks; the plugin measures
+            inbuf_overflow=UNLIMITED,
+            outbuf_overflow=UNLIMITED,
+            outbuf_high_watermark=UNLIMITED,  # above it waitress blocks the thread: here the loop
+            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see check_timeout()
+            log_socket_errors=False,
         )
         self.servers = [
-            Server(self, app, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
+            Server(app, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
             for sockinfo in adj.listen
         ]
-        for dispatcher in list(self.map.values()):  # the sockets that listen, and their triggers
-            self.poller.watch(dispatcher)
-        self.slow_reads = SlowReads(app, self.servers[0].pull_trigger)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        waitress.task.queue_logger.disabled = True  # it warns of each slow read that waits
+        self.slow_reads = waitress.task.ThreadedTaskDispatcher()
+        self.slow_reads.set_thread_count(1)
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, self.stop)
 
-    @property
-    def url(self) -> str:
-        host = self.servers[0].effective_host
-        if ":" in host:
-            host = f"[{host}]"
-        return f"http://{host}:{self.servers[0].effective_port}/"
+    def channels(self) -> list[Channel]:
+        return [c for server in self.servers for c in server.active_channels.values()]
+
+    def add_task(self, channel: Channel) -> None:
+        channel.received_at = time.perf_counter()
+        self.ready.append(channel)
 
     def run(self) -> None:
         sys.setswitchinterval(0.0005)  # seconds: a slow read gives way soon
-        self.slow_reads.start()
         while not self.stopped_at or self.drain():
-            self.poll()
+            pause = 0.0 if self.ready or time.monotonic() > self.next_expiry else 1.0
+            if self.is_locked or self.stopped_at:
+                pause = 0.01
+            waitress.wasyncore.poll2(pause, self.map)
+            self.take_turn()
             self.check_timeouts()
-            self.serve_batch()
             self.expire_orders()
-        self.slow_reads.close()
+        self.slow_reads.shutdown(cancel_pending=False, timeout=1)
         waitress.wasyncore.close_all(self.map)
 
-    def poll(self) -> None:
-        pause = 1.0
-        if self.waiting or self.stopped_at:
-            pause = 0.01
-        elif self.ready or (self.order_timeout and self.next_expiry < time.monotonic()):
-            pause = 0
-        self.poller.handle_events(pause)
-        known = 0
-        # What comes while the first are read shares their commit.
-        while any(channel.requests[0].is_write for channel in self.ready[known:]):
-            known = len(self.ready)
-            self.poller.handle_events(0)
+    def take_turn(self) -> None:
+        """Compute the responses to all requests that have come in, then send them."""
+        channels = []
+        while self.ready:
+            channel = self.ready.popleft()
+            channel.is_held = channel.total_outbufs_len > 0
+            if channel.connected and channel.requests and not channel.is_held:
+                channels.append(channel)
+        if not channels:
+            return
+        now = time.time()
+        self.date = f"Date: {build_http_date(now)}\r\n".encode()
+        try:
+            self.refresh_cache()
+            self.compute([channel for channel in channels if not channel.requests[0].response])
+        except Exception as error:
+            problem = problem_for(error)
+            for channel in channels:
+                channel.requests[0].refuse(problem)
+        lines = []
+        for channel in channels:
+            request = channel.requests[0]
+            if request.response:
+                lines.append(access_line(now, channel, request, request.response))
+                channel.service()
+        if self.has_log:
+            write_log("".join(lines))
+
+    def refresh_cache(self) -> None:
+        version = self.store.data_version()
+        if version is None or version != self.cache_version or self.cache_size > MAX_CACHE:
+            self.cache = {}  # not cleared: a slow read may yet add to the old one
+            self.cache_size = 0
+            self.cache_version = version
+
+    def compute(self, channels: list[Channel]) -> None:
+        """Compute the response to the first request of each channel; all writes share a commit."""
+        writes = sum(channel.requests[0].is_write for channel in channels)
+        self.is_locked = False
+        try:
+            with self.store.batch() if writes else contextlib.nullcontext():
+                for channel in channels:
+                    self.respond(channel)
+            return
+        except db.DatabaseUnavailable as error:
+            failure = error
+        is_final = writes == 1 or isinstance(failure, db.OutcomeUnknown)
+        is_busy = isinstance(failure, db.DatabaseBusy) and not self.stopped_at
+        for channel in channels:
+            request = channel.requests[0]
+            waited = time.perf_counter() - channel.received_at
+            if request.is_write and is_busy and waited < LOCK_TIMEOUT:
+                self.is_locked = True
+                self.ready.append(channel)
+            elif not request.response or (request.is_write and not is_final):
+                self.respond(channel)  # a write has a transaction of its own now
+            elif request.is_write and request.response.status < "400":
+                request.refuse(unavailable(failure))
+
+    def respond(self, channel: Channel) -> None:
+        """Compute the response to the first request of a channel, or let the thread do it."""
+        request = channel.requests[0]
+        request.response = self.cache.get(request.raw)
+        if request.response:
+            return
+        if not (request.headers_finished or request.error):
+            request.received(request.raw)  # its response was in the cache of the turn before
+        if request.error:
+            request.refuse()
+            return
+        environ = Task(channel, request).get_environment()
+        if self.app.is_slow(environ):
+            read = functools.partial(self.read_slowly, channel, environ, self.cache)
+            self.slow_reads.add_task(types.SimpleNamespace(service=read))
+        else:
+            self.call_app(request, environ, self.cache)
+
+    def read_slowly(self, channel: Channel, environ: dict, cache: dict) -> None:
+        request = channel.requests[0]
+        request.response = cache.get(request.raw)  # from an equal read
+        if channel.connected and not request.response:
+            self.call_app(request, environ, cache)
+        self.ready.append(channel)
+        channel.server.trigger.pull_trigger()
+
+    def call_app(self, request: Request, environ: dict, cache: dict) -> None:
+        started: list = []
+        try:
+            environ["wsgi.input"].seek(0)  # a write may be computed a second time
+            body = b"".join(self.app(environ, lambda *start: started.append(start)))
+            status, headers, *_ = started[-1]
+            response = request.respond(status, headers, body)
+        except Exception as error:
+            request.refuse(problem_for(error))
+            return
+        if "Etag" in dict(headers) and not request.is_write and not request.body_rcv:
+            cache[request.raw] = response
+            self.cache_size += len(request.raw) + len(response.head) + len(body)
 
     def check_timeouts(self) -> None:
         now = time.monotonic()
         if now > self.next_check:
             self.next_check = now + 1
-            for dispatcher in list(self.map.values()):
-                if isinstance(dispatcher, Channel):
-                    dispatcher.check_timeouts(now)
-                self.poller.watch(dispatcher)
+            for channel in self.channels():
+                channel.check_timeout(now)
 
     def expire_orders(self) -> None:
         """Cancel orders that have waited too long, a few each turn."""
-        if self.order_timeout is None or time.monotonic() < self.next_expiry:
-            return
-        self.next_expiry = time.monotonic() + 1
-        with contextlib.suppress(db.DatabaseUnavailable):  # then a second later
-            if self.store.has_expired_orders(self.order_timeout):
-                self.store.expire_orders(self.order_timeout)
-                self.next_expiry = 0
-
-    def channels(self) -> list[Channel]:
-        return [channel for channel in self.map.values() if isinstance(channel, Channel)]
-
-    def serve_batch(self) -> None:
-        """Serve the requests that have come in; all that write share one transaction."""
-        channels = [channel for channel in self.ready if channel.connected and channel.requests]
-        if not channels and not self.slow_reads.finished:
-            self.ready = []
-            return
-        self.date = date_line(int(time.time()))
-        self.cache.refresh(self.store.data_version())
-        self.ready = []
-        self.waiting = False
-        writers = [channel for channel in channels if channel.requests[0].is_write]
-        if self.alone:
-            self.ready = writers[1:]
-            writers = writers[:1]
-        in_group = bool(writers) and self.begin(writers)
-        served = self.serve([channel for channel in channels if channel not in self.ready])
-        if in_group:
-            lost = self.commit([channel for channel in writers if channel in served])
-            served = [channel for channel in served if channel not in lost]
-            self.ready = lost + self.ready
-        served += self.finish_slow_reads()
-        for channel in served:
-            if channel.connected:
-                channel.handle_write()
-                self.poller.watch(channel)
-        if self.log:
-            stamp = db.timestamp()
-            self.log.write("".join(access_line(stamp, channel) for channel in served))
-
-    def begin(self, writers: list[Channel]) -> bool:
-        """Begin the transaction of a batch; while another process has the lock, writes wait."""
-        try:
-            self.batch = self.store.batch()
-            self.batch.__enter__()
-            return True
-        except db.DatabaseBusy:
-            now = time.perf_counter()
-            is_late = self.stopped_at and time.monotonic() > self.stopped_at + DRAIN_LOCK_TIMEOUT
-            timeout = 0 if is_late else LOCK_TIMEOUT
-            self.ready += [channel for channel in writers if now - channel.received_at < timeout]
-            self.waiting = bool(self.ready)
-        except db.DatabaseUnavailable:
-            pass  # each write finds out by itself, and says so
-        return False
-
-    def serve(self, channels: list[Channel]) -> list[Channel]:
-        """Queue the response of each channel's request, for one turn; return those served."""
-        deadline = time.perf_counter() + TURN
-        served = []
-        for position, channel in enumerate(channels):
-            if time.perf_counter() > deadline:
-                self.ready += channels[position:]
-                break
-            response = self.respond(channel, channel.requests[0])
-            if response:
-                channel.respond(response)
-                served.append(channel)
-        return served
-
-    def respond(self, channel: Channel, request: RequestParser) -> Response | None:
-        """The response to a request, or None where it comes later, from a slow read."""
-        if request.error:
-            return problem_response(request.error)
-        key = request.head.cache_key
-        response = self.cache.responses.get(key)
-        if response:
-            return response
-        environ = channel.server.make_environ(channel, request)
-        if environ["REQUEST_METHOD"] == "GET" and self.app.is_slow(environ["PATH_INFO"]):
-            # Where the version is unknown, no two reads are known to be of one state.
-            version = object() if self.cache.version is None else self.cache.version
-            self.slow_reads.add(channel, (version, key), environ)
-            return None
-        response = call_app(self.app, environ)
-        if not request.is_write:
-            self.cache.add(self.cache.version, key, response)
-        return response
-
-    def finish_slow_reads(self) -> list[Channel]:
-        served = []
-        while self.slow_reads.finished:
-            (version, key), response = self.slow_reads.finished.popleft()
-            if response:
-                self.cache.add(version, key, response)
-            for channel in self.slow_reads.waiting.pop((version, key)):
-                if not channel.connected:
-                    continue
-                if response:
-                    channel.respond(response)
-                    served.append(channel)
-                else:  # it came when all the others had gone
-                    self.ready.append(channel)
-        return served
-
-    def commit(self, writers: list[Channel]) -> list[Channel]:
-        """Commit the work of the writers; return those that are to be served again."""
-        self.alone = max(self.alone - 1, 0)
-        try:
-            self.batch.__exit__(None, None, None)
-        except db.DatabaseUnavailable as error:
-            is_lost = isinstance(error, db.TransactionLost)
-            if is_lost and len(writers) > 1:
-                # A fault of one has undone the work of all: now each by itself.
-                for channel in writers:
-                    channel.take_back()
-                self.alone = len(writers)
-                return writers
-            for channel in writers:
-                if is_lost and channel.served[1].status >= "400":
-                    continue  # it tells of the fault
-                channel.take_back()
-                channel.respond(problem_response(unavailable(error)))
-        return []
+        if time.monotonic() > self.next_expiry:
+            self.next_expiry = time.monotonic() + 1
+            with contextlib.suppress(db.DatabaseUnavailable):  # then a second later
+                if self.store.has_expired_orders(self.order_timeout):
+                    self.store.expire_orders(self.order_timeout)
+                    self.next_expiry = 0.0
 
     def stop(self, number: int, frame) -> None:
         if self.stopped_at:
             os._exit(128 + number)
         self.stopped_at = time.monotonic()
-        self.servers[0].pull_trigger()
+        self.servers[0].trigger.pull_trigger()
 
     def drain(self) -> bool:
-        """Take no more requests; whether there is something left to answer, and time for it."""
+        """Take no more requests; return whether some are under way, and there is time for them."""
         for server in self.servers:
             if server.accepting:
-                self.stop_accepting(server)
+                server.handle_accept()  # what connected before the signal may have sent a request
+                waitress.wasyncore.dispatcher.close(server)
                 return True
-        elapsed = time.monotonic() - (self.stopped_at or 0)
+        elapsed = time.monotonic() - self.stopped_at
         for channel in self.channels():
-            self.drain_channel(channel, elapsed)
-            self.poller.watch(channel)
-        return any(channel.connected for channel in self.channels())
-
-    def stop_accepting(self, server: Server) -> None:
-        server.handle_accept()  # what connected before the signal may have sent its request
-        server.accepting = False
-        self.poller.forget(server._fileno)
-        server.del_channel()
-        server.socket.close()
-
-    def drain_channel(self, channel: Channel, elapsed: float) -> None:
-        if channel.request and not channel.requests and elapsed > 1:
-            channel.refuse(unavailable("The server is shutting down: retry."))
-        is_idle = not (channel.output or channel.requests or channel.request)
-        if elapsed > (1 if is_idle else DRAIN_TIMEOUT):
-            channel.handle_close()
-        elif is_idle and not channel.lingering_until:
-            channel.lingering_close()
+            is_idle = not (channel.total_outbufs_len or channel.requests or channel.request)
+            if elapsed > (1 if is_idle else DRAIN_TIMEOUT):
+                channel.handle_close()
+            elif is_idle and not channel.lingering_until:
+                channel.linger()
+        return bool(self.channels())
 
 
-@functools.lru_cache(maxsize=1)
-def date_line(second: int) -> bytes:
-    return b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
-
-
-class Log:
-    """Standard output, as long as somebody reads it: a full pipe must not stop the shop."""
-
-    def __init__(self) -> None:
-        self.descriptor = sys.stdout.fileno()
-        self.poll = select.poll()
-        self.poll.register(self.descriptor, select.POLLOUT)
-
-    def write(self, text: str) -> None:
-        lines = text.encode()
-        while lines:
+def write_log(text: str) -> None:
+    """Write to standard output as much as fits: a full pipe must not stop the shop."""
+    lines = text.encode()
+    with contextlib.suppress(OSError):
+        while lines and select.select([], [sys.stdout], [], 0)[1]:
             # So much is written without waiting, or not at all; whole lines, where they fit.
             end = lines.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
-            if self.poll.poll(0):
-                with contextlib.suppress(OSError):
-                    os.write(self.descriptor, lines[:end])
+            os.write(sys.stdout.fileno(), lines[:end])
             lines = lines[end:]
 
 
-def access_line(stamp: str, channel: Channel) -> str:
-    request, response, received_at = channel.served
-    method = "-"
-    path = "-"
+def access_line(now: float, channel: Channel, request: Request, response: Response) -> str:
+    method = path = "-"
     if not request.error:
-        method = request.head.command
-        path = request.head.target.partition("?")[0]
-    if not (path.isascii() and path.isprintable()):
-        path = quote(path, safe=string.punctuation, encoding="latin-1")
-    size = 0 if request.is_head else len(response.body)
-    milliseconds = (time.perf_counter() - received_at) * 1000
-    return (
-        f"{stamp} {channel.addr[0]} {method} {path} {response.status} {size} {milliseconds:.1f}\n"
-    )
+        method, target, _ = request.raw.decode("latin-1").split(" ", 2)
+        path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
+    answer = f"{response.status} {len(response.body)}"
+    milliseconds = (time.perf_counter() - channel.received_at) * 1000
+    stamp = db.format_time(int(now))
+    return f"{stamp} {channel.addr[0]} {method} {path} {answer} {milliseconds:.1f}\n"
 
 
 def allow_connections() -> int:
@@ -2856,7 +2321,9 @@ def serve() -> int:
         reason = getattr(error, "strerror", None) or "there is no such host"
         host = shown(settings.host)
         return fail(f"cannot listen on HOST {host}, PORT {settings.port}: {reason}.", 2)
-    print(f"Serving {loop.url} from {app.store.path}", flush=True)
+    host, port = loop.servers[0].effective_host, loop.servers[0].effective_port
+    host = f"[{host}]" if ":" in host else host
+    print(f"Serving http://{host}:{port}/ from {app.store.path}", flush=True)
     print(who_may(settings), flush=True)
     loop.run()
     app.close()
@@ -3027,7 +2494,7 @@ def validate_row(
         known.discard(product_id)
         row["id"] = product_id
     try:
-        row |= validate(fields, schema)
+        row |= validate(fields, compile_schema(schema))
     except ValidationError as error:
         messages += [f"{field_name(path)} {message}" for path, message in error.errors]
     return row, messages
