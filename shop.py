@@ -261,16 +261,20 @@ MERGE_PATCH = "application/merge-patch+json"
 
 
 class Spec(NamedTuple):
-    """What a route takes and returns."""
+    """All that the plugin, the server and the documentation know about a route."""
 
     response: dict | None  # schema of its body
     status: int = 200
     body: dict | None = None  # schema of the request's body
     query: dict = NO_QUERY
-    media_types: tuple = (JSON,)  # that the body may have
+    media_types: tuple = (JSON,)  # accepted for the body
     access: str = "admin"  # whose token it needs, if that is set: admin, order, or nobody
-    conflict: dict | None = None  # schema of its 409
-    slow: bool = False  # can take long: the server runs it beside the others
+    etag: bool = False  # its success has an ETag
+    if_match: bool = False  # If-Match guards the change
+    conflicts: tuple = ()  # schemas of its 409s
+    slow: bool = False  # may take long: the server runs it in another thread
+    html: bool = False  # browsers get a page instead
+    database: bool = True  # uses the database, which may be unavailable: 503
 
 
 def new_bottle() -> bottle.Bottle:
@@ -291,7 +295,7 @@ INDEX = {
 INDEX_SCHEMA = object_schema(" ".join(INDEX), **dict.fromkeys(INDEX, {"type": "string"}))
 
 
-@api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody"))
+@api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody", html=True, database=False))
 def get_index(secured):
     """List the paths; a browser gets a page about them."""
     if prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
@@ -308,13 +312,15 @@ def get_health(store):
     return json_response(health, **{"Cache-Control": "no-store"})
 
 
-@api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody"))
+@api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody", database=False))
 def get_openapi(secured):
     """Describe this interface as OpenAPI 3.1."""
     return json_response(openapi_json(mount_point(), secured))
 
 
-@api.get("/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, access="nobody", slow=True))
+@api.get(
+    "/products/", spec=Spec(PRODUCTS, query=PRODUCT_QUERY, access="nobody", etag=True, slow=True)
+)
 def list_products(store, query):
     """List the products, all of them or a page.
 
@@ -332,7 +338,7 @@ def create_product(store, body):
     return json_response(product_to_json(product), 201, Location=location)
 
 
-@api.get("/products/<product_id:id>/", spec=Spec(PRODUCT, access="nobody"))
+@api.get("/products/<product_id:id>/", spec=Spec(PRODUCT, access="nobody", etag=True))
 def get_product(store, product_id):
     """Get a product."""
     return product_response(store.get_product(product_id))
@@ -340,14 +346,16 @@ def get_product(store, product_id):
 
 @api.patch(
     "/products/<product_id:id>/",
-    spec=Spec(PRODUCT, body=PRODUCT_UPDATE, media_types=(JSON, MERGE_PATCH)),
+    spec=Spec(
+        PRODUCT, body=PRODUCT_UPDATE, media_types=(JSON, MERGE_PATCH), etag=True, if_match=True
+    ),
 )
 def update_product(store, product_id, body, if_match):
     """Change the given fields of a product."""
     return product_response(store.update_product(product_id, if_match=if_match, **body))
 
 
-@api.delete("/products/<product_id:id>/", spec=Spec(None, 204))
+@api.delete("/products/<product_id:id>/", spec=Spec(None, 204, if_match=True))
 def delete_product(store, product_id, if_match):
     """Delete a product; orders keep their lines."""
     store.delete_product(product_id, if_match=if_match)
@@ -355,10 +363,7 @@ def delete_product(store, product_id, if_match):
     return b""
 
 
-@api.get(
-    "/products/<product_id:id>/stock/",
-    spec=Spec(MOVEMENTS, query=MOVEMENT_QUERY),
-)
+@api.get("/products/<product_id:id>/stock/", spec=Spec(MOVEMENTS, query=MOVEMENT_QUERY, etag=True))
 def list_movements(store, product_id, query):
     """List every change of a product's stock.
 
@@ -371,14 +376,16 @@ def list_movements(store, product_id, query):
 
 @api.post(
     "/products/<product_id:id>/stock/",
-    spec=Spec(PRODUCT, body=STOCK_UPDATE, conflict=INSUFFICIENT_STOCK),
+    spec=Spec(
+        PRODUCT, body=STOCK_UPDATE, etag=True, if_match=True, conflicts=(INSUFFICIENT_STOCK,)
+    ),
 )
 def update_stock(store, product_id, body, if_match):
     """Add to a product's stock, or take from it."""
     return product_response(store.update_stock(product_id, if_match=if_match, **body))
 
 
-@api.get("/orders/", spec=Spec(ORDERS, query=ORDER_QUERY, slow=True))
+@api.get("/orders/", spec=Spec(ORDERS, query=ORDER_QUERY, etag=True, slow=True))
 def list_orders(store, query):
     """List a page of the orders.
 
@@ -390,7 +397,8 @@ def list_orders(store, query):
 
 
 @api.post(
-    "/orders/", spec=Spec(ORDER, 201, body=NEW_ORDER, access="order", conflict=INSUFFICIENT_STOCK)
+    "/orders/",
+    spec=Spec(ORDER, 201, body=NEW_ORDER, access="order", conflicts=(INSUFFICIENT_STOCK,)),
 )
 def create_order(store, body):
     """Place an order: the stock of every line is deducted, or nothing is.
@@ -402,14 +410,15 @@ def create_order(store, body):
     return json_response(order_to_json(order), 201, Location=location)
 
 
-@api.get("/orders/<order_id:id>/", spec=Spec(ORDER))
+@api.get("/orders/<order_id:id>/", spec=Spec(ORDER, etag=True))
 def get_order(store, order_id):
     """Get an order."""
     return order_response(store.get_order(order_id))
 
 
 @api.patch(
-    "/orders/<order_id:id>/", spec=Spec(ORDER, body=ORDER_UPDATE, conflict=INVALID_TRANSITION)
+    "/orders/<order_id:id>/",
+    spec=Spec(ORDER, body=ORDER_UPDATE, etag=True, if_match=True, conflicts=(INVALID_TRANSITION,)),
 )
 def update_order(store, order_id, body, if_match):
     """Complete a pending order, or cancel it and put its stock back."""
@@ -1441,15 +1450,6 @@ def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
     return operation
 
 
-def takes_if_match(route: bottle.Route) -> bool:
-    return "if_match" in inspect.signature(route.callback).parameters
-
-
-def has_etag(route: bottle.Route) -> bool:
-    is_item = route.method in ("PATCH", "GET") or takes_if_match(route)
-    return is_item and route.rule.startswith(("/products/", "/orders/"))
-
-
 def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
     parameters = [
         {"name": name, "in": "query", "schema": describe_schema(schema)}
@@ -1461,7 +1461,7 @@ def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
     if route.method == "POST":
         text = "Done once, however often it is sent with this key."
         headers["Idempotency-Key"] = {"description": text, "schema": KEY}
-    if has_etag(route):
+    if spec.etag or spec.if_match:
         headers["If-Match"] = string_header("ETags: done only if one of them is current.")
         headers["If-None-Match"] = string_header("ETags: done only if none of them is current.")
     return parameters + [{"name": name, "in": "header", **headers[name]} for name in headers]
@@ -1472,16 +1472,16 @@ def describe_responses(route: bottle.Route, spec: Spec, needs_token: bool) -> di
     success: dict[str, Any] = {"description": "Success.", "headers": headers}
     if spec.response:
         success["content"] = describe_content((JSON,), spec.response)
-    if route.callback is get_index:
+    if spec.html:
         success["content"]["text/html"] = {"schema": {"type": "string"}}
     responses = {str(spec.status): success}
-    if has_etag(route) and route.method == "GET":
+    if spec.etag and route.method == "GET":
         responses["304"] = {"description": "If-None-Match names the ETag.", "headers": headers}
     for status in sorted(error_statuses(route, spec, needs_token)):
         responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
-    if spec.conflict:
+    if spec.conflicts:
         responses["409"] = describe_problem(
-            "The stock does not suffice, or the order is no longer pending.", {}, spec.conflict
+            "The stock does not suffice, or the order is no longer pending.", {}, *spec.conflicts
         )
     kinds = [VALIDATION_FAILED] + [IDEMPOTENCY_KEY_REUSED] * (route.method == "POST")
     responses["422"] = describe_problem("The request is not valid.", {}, *kinds)
@@ -1493,9 +1493,9 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
         401: needs_token,
         404: "<" in route.rule,
         411: spec.body is not None,
-        412: has_etag(route) or route.method != "GET",
+        412: spec.etag or route.method != "GET",
         415: spec.body is not None,
-        503: route.callback not in (get_index, get_openapi),
+        503: spec.database,
     }
     return EVERYWHERE | {status for status, can_happen in reachable.items() if can_happen}
 
@@ -1506,13 +1506,13 @@ def describe_headers(route: bottle.Route, spec: Spec) -> dict:
         headers["Idempotent-Replayed"] = string_header("true, from the second time on.")
     if spec.status == 201:
         headers["Location"] = string_header("The path of what was created.")
-    if has_etag(route) and spec.status != 204:
+    if spec.etag:
         headers["ETag"] = string_header("The version of the content.")
     if route.method == "GET":
         headers["Cache-Control"] = string_header("no-cache: ask again each time; or no-store.")
     if "limit" in spec.query["properties"]:
         headers["Link"] = string_header('<...>; rel="next": the next page.')
-    if route.callback is get_index:
+    if spec.html:
         headers["Vary"] = string_header("Accept.")
         headers["Content-Security-Policy"] = string_header("Of the page.")
     return headers
