@@ -1308,9 +1308,8 @@ ERROR_RESPONSES: dict[int, tuple[str, dict]] = {
         {"WWW-Authenticate": string_header("Bearer.")},
     ),
     404: ("No such product or order.", {}),
-    408: ("The request took too long to arrive.", {}),
     411: ("The body has no length.", {}),
-    412: ("If-Match or If-None-Match does not hold.", {}),
+    412: ("If-Match does not hold.", {}),
     413: ("The body is over 128 KiB.", {}),
     415: (
         "The body is not declared as JSON, or is compressed.",
@@ -1327,7 +1326,7 @@ ERROR_RESPONSES: dict[int, tuple[str, dict]] = {
         {"Retry-After": string_header("Seconds.")},
     ),
 }
-EVERYWHERE = {400, 408, 413, 417, 431, 500}
+EVERYWHERE = {400, 413, 417, 431, 500}
 TAGS = {
     "products": "What is for sale, and how much of it is left.",
     "orders": "Sales, with names and prices as they were.",
@@ -1461,9 +1460,10 @@ def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
     if route.method == "POST":
         text = "Done once, however often it is sent with this key."
         headers["Idempotency-Key"] = {"description": text, "schema": KEY}
-    if spec.etag or spec.if_match:
-        headers["If-Match"] = string_header("ETags: done only if one of them is current.")
-        headers["If-None-Match"] = string_header("ETags: done only if none of them is current.")
+    if spec.if_match:
+        headers["If-Match"] = string_header("ETags: 412 unless one of them is current.")
+    if spec.etag and route.method == "GET":
+        headers["If-None-Match"] = string_header("ETags: 304 if one of them is current.")
     return parameters + [{"name": name, "in": "header", **headers[name]} for name in headers]
 
 
@@ -1493,7 +1493,7 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
         401: needs_token,
         404: "<" in route.rule,
         411: spec.body is not None,
-        412: spec.etag or route.method != "GET",
+        412: spec.if_match,
         415: spec.body is not None,
         503: spec.database,
     }
