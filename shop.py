@@ -74,9 +74,9 @@ RETRY_AFTER = "1"  # seconds
 
 # ---------------------------------------------------------------------------------------- schemas
 # What a valid request and response is, as JSON Schema. Validation, its messages and /openapi.json
-# all read it. Four keywords are the shop's own, and /openapi.json says them in words: `decimals`
-# that a number may have (it is validated into whole hundredths), `unique_by` a field of an array's
-# items, `default` of an absent field, and `message` for a pattern that does not match.
+# all read it. /openapi.json says three keywords in words: `decimals` that a number may have (it is
+# validated into whole hundredths), `unique_by` the field in which the items of an array differ, and
+# the `default` of an absent field. `message` is for a pattern that does not match.
 
 
 def object_schema(required: str = "", /, **properties: dict) -> dict:
@@ -84,7 +84,7 @@ def object_schema(required: str = "", /, **properties: dict) -> dict:
 
 
 def body_schema(required: str = "", /, **properties: dict) -> dict:
-    """The object of a request, where a typo must not pass as a new field."""
+    """The object of a request, in which unknown fields are rejected as typos."""
     return object_schema(required, **properties) | {"additionalProperties": False}
 
 
@@ -113,7 +113,7 @@ STATUS = {"type": "string", "enum": ["pending", "completed", "cancelled"]}
 NEW_STATUS = {"type": "string", "enum": ["completed", "cancelled"]}
 TOTAL = {"type": "number", "minimum": 0, "maximum": 10**13, "decimals": 2}
 TIME = {"type": "string", "format": "date-time", "pattern": "Z$"}
-NEXT = {"type": ["string", "null"], "description": "The URL of the next page."}
+NEXT = {"type": ["string", "null"], "description": "The URL of the next page, if there is one."}
 
 PRODUCT_FIELDS: dict[str, dict] = {
     "name": NAME,
@@ -130,10 +130,10 @@ MOVEMENT = object_schema(
     "id change stock order_id note created_at",
     id=ID,
     change=CHANGE,
-    stock=STOCK | {"description": "What was left after it."},
+    stock=STOCK | {"description": "The stock after this change."},
     order_id={
         "type": ["integer", "null"],
-        "description": "The order that took it or gave it back; null for any other movement.",
+        "description": "The order that caused the change; null if none did.",
     },
     note=NOTE,
     created_at=TIME,
@@ -170,15 +170,10 @@ ORDER_UPDATE = body_schema("status", status=NEW_STATUS)
 ORDERS = object_schema("orders next", orders={"type": "array", "items": ORDER}, next=NEXT)
 
 HEALTH = object_schema(
-    "status",
-    status={"type": "string", "enum": ["ok"]},
-    read_only={"type": "boolean"},
+    "status", status={"type": "string", "enum": ["ok"]}, read_only={"type": "boolean"}
 )
 ERROR = object_schema(
-    "detail",
-    detail={"type": "string"},
-    pointer={"type": "string"},
-    parameter={"type": "string"},
+    "detail", detail={"type": "string"}, pointer={"type": "string"}, parameter={"type": "string"}
 )
 SHORTAGE = object_schema(
     "product_id requested available",
@@ -186,25 +181,21 @@ SHORTAGE = object_schema(
     requested={"type": "integer"},
     available={"type": "integer"},
 )
-PROBLEM = object_schema(
-    "type title status detail",
-    type={"type": "string", "const": "about:blank"},  # so that clients can tell it from the others
-    title={"type": "string"},
-    status={"type": "integer"},
-    detail={"type": "string"},
-)
+PROBLEM_FIELDS: dict[str, dict] = {
+    "type": {"type": "string", "const": "about:blank"},  # so that no other problem matches
+    "title": {"type": "string"},
+    "status": {"type": "integer"},
+    "detail": {"type": "string"},
+}
+PROBLEM = object_schema(" ".join(PROBLEM_FIELDS), **PROBLEM_FIELDS)
 
 
 def problem_schema(kind: str, status: int, /, **members: dict) -> dict:
-    """A problem of a type of its own, on which clients can decide."""
-    return object_schema(
-        " ".join(["type title status detail", *members]),
-        type={"type": "string", "const": f"urn:problem-type:{kind}"},
-        title={"type": "string"},
-        status={"type": "integer", "const": status},
-        detail={"type": "string"},
-        **members,
-    )
+    """A problem with a type of its own, on which clients can decide."""
+    fields = PROBLEM_FIELDS | members
+    fields["type"] = {"type": "string", "const": f"urn:problem-type:{kind}"}
+    fields["status"] = {"type": "integer", "const": status}
+    return object_schema(" ".join(fields), **fields)
 
 
 INSUFFICIENT_STOCK = problem_schema(
@@ -214,13 +205,16 @@ INVALID_TRANSITION = problem_schema("invalid-transition", 409)
 VALIDATION_FAILED = problem_schema("validation", 422, errors={"type": "array", "items": ERROR})
 IDEMPOTENCY_KEY_REUSED = problem_schema("idempotency-key-reused", 422)
 
-# Bare, or quoted as a string of RFC 8941.
-KEY = {"type": "string", "pattern": r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$'}
+KEY = {  # bare, or quoted as a string of RFC 8941
+    "type": "string",
+    "pattern": r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$',
+    "description": "Repeating the request with the same key has no further effect.",
+}
 AFTER = ID | {
     "minimum": 0,
-    "description": "Go on behind the item with this id, in the requested order; 0: from the start.",
+    "description": "Continue after the item with this id; 0 starts at the beginning.",
 }
-LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items of a page."}
+LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items per page."}
 NO_QUERY = object_schema()
 
 
@@ -235,7 +229,10 @@ def sort_schema(orders: dict) -> dict:
 
 PRODUCT_QUERY = object_schema(
     q=TEXT | {"description": "Words in name or description, ignoring case and accents."},
-    available={"type": "boolean", "description": "Only products with stock, or without."},
+    available={
+        "type": "boolean",
+        "description": "Only products in stock (true) or out of stock (false).",
+    },
     sort=sort_schema(db.PRODUCT_ORDERS),
     limit=LIMIT,
     after=AFTER,
@@ -244,8 +241,8 @@ MOVEMENT_QUERY = object_schema(
     sort=sort_schema(db.ID_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
 )
 ORDER_QUERY = object_schema(
-    status=STATUS | {"description": "Only orders of this status."},
-    reference=REFERENCE | {"description": "Only orders with just this reference."},
+    status=STATUS | {"description": "Only orders with this status."},
+    reference=REFERENCE | {"description": "Only orders with exactly this reference."},
     sort=sort_schema(db.ID_ORDERS),
     limit=LIMIT | {"default": 100},
     after=AFTER,
@@ -253,11 +250,11 @@ ORDER_QUERY = object_schema(
 
 
 # ----------------------------------------------------------------------------------------- routes
-# A route takes, by the names of its parameters: store, query, body, if_match and its path's ids.
-# Its Spec says what of them is valid; the plugin of part 3 reads, checks and passes them.
+# A route takes by name what it needs: store, query, body, if_match, secured, the ids in its path.
+# Its Spec says what is valid; the plugin of part 3 reads, validates and passes it.
 
 JSON = "application/json"
-MERGE_PATCH = "application/merge-patch+json"
+PATCH_TYPES = (JSON, "application/merge-patch+json")
 
 
 class Spec(NamedTuple):
@@ -298,15 +295,15 @@ INDEX_SCHEMA = object_schema(" ".join(INDEX), **dict.fromkeys(INDEX, {"type": "s
 @api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody", html=True, database=False))
 def get_index(secured):
     """List the paths; a browser gets a page about them."""
+    bottle.response["Vary"] = "Accept"
     if prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
         return html_response(render_page(mount_point(), secured))
-    index = {name: mount_point() + path for name, path in INDEX.items()}
-    return json_response(index, Vary="Accept")
+    return json_response({name: mount_point() + path for name, path in INDEX.items()})
 
 
 @api.get("/healthz", spec=Spec(HEALTH, access="nobody"))
 def get_health(store):
-    """Tell whether the database can be read."""
+    """Report whether the database can be read."""
     store.check_health()
     health = {"status": "ok"} | ({"read_only": True} if store.read_only else {})
     return json_response(health, **{"Cache-Control": "no-store"})
@@ -315,7 +312,7 @@ def get_health(store):
 @api.get("/openapi.json", spec=Spec({"type": "object"}, access="nobody", database=False))
 def get_openapi(secured):
     """Describe this interface as OpenAPI 3.1."""
-    return json_response(openapi_json(mount_point(), secured))
+    return json_response(openapi_document(mount_point(), secured))
 
 
 @api.get(
@@ -324,7 +321,7 @@ def get_openapi(secured):
 def list_products(store, query):
     """List the products, all of them or a page.
 
-    With limit a page: next, and the header Link, name the one that follows.
+    With limit, next and the Link header give the URL of the next page.
     """
     products, next_after = store.list_products_json(**query)
     return page_response("/products/", "products", f"[{products}]", query, next_after)
@@ -346,9 +343,7 @@ def get_product(store, product_id):
 
 @api.patch(
     "/products/<product_id:id>/",
-    spec=Spec(
-        PRODUCT, body=PRODUCT_UPDATE, media_types=(JSON, MERGE_PATCH), etag=True, if_match=True
-    ),
+    spec=Spec(PRODUCT, body=PRODUCT_UPDATE, media_types=PATCH_TYPES, etag=True, if_match=True),
 )
 def update_product(store, product_id, body, if_match):
     """Change the given fields of a product."""
@@ -367,7 +362,7 @@ def delete_product(store, product_id, if_match):
 def list_movements(store, product_id, query):
     """List every change of a product's stock.
 
-    The sum of the changes is the stock.
+    The changes add up to the stock.
     """
     movements, next_after = store.list_movements(product_id, **query)
     path = f"/products/{product_id}/stock/"
@@ -389,7 +384,7 @@ def update_stock(store, product_id, body, if_match):
 def list_orders(store, query):
     """List a page of the orders.
 
-    Polling with after, the last id seen, follows new orders; sort=-id begins with the newest.
+    To follow new orders, poll with after=<last id seen>; sort=-id begins with the newest.
     """
     orders, next_after = store.list_orders(**query)
     items = json_encode([order_to_json(order) for order in orders])
@@ -425,16 +420,13 @@ def update_order(store, order_id, body, if_match):
     return order_response(store.update_order(order_id, if_match=if_match, **body))
 
 
-# Responses, as the routes make them: status and headers go to Bottle's own, the body comes back.
+# The responses of the routes: each sets status and headers in bottle.response and returns the body.
 
-# Without a search for cycles, which no response has.
-json_encode = json.JSONEncoder(
-    ensure_ascii=False, check_circular=False, separators=(",", ":")
-).encode
+json_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def to_json(value) -> bytes:
-    # Only a problem can hold half a surrogate pair: in an unknown field's name that it quotes.
+    # Only a problem can contain an unpaired surrogate: in the name of an unknown field.
     return (json_encode(value) + "\n").encode("utf-8", "replace")
 
 
@@ -443,32 +435,16 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
     response = bottle.response
     response.status = status
     response["Content-Type"] = JSON
-    for name, text in headers.items():
-        response[name] = text
+    response.headers.update(headers)
     if etag:
         response["ETag"] = f'"{etag}"'
     return value if isinstance(value, bytes) else to_json(value)
 
 
 def html_response(page: str) -> bytes:
-    """A page that runs and loads nothing but the style and the script in it."""
     bottle.response["Content-Type"] = "text/html; charset=utf-8"
-    bottle.response["Content-Security-Policy"] = content_security_policy(page)
-    bottle.response["Vary"] = "Accept"
+    bottle.response["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     return page.encode()
-
-
-@functools.lru_cache(maxsize=16)
-def content_security_policy(page: str) -> str:
-    style, script = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in re.findall("<(?:style|script)>(.*?)</", page, re.DOTALL)
-    )
-    return (
-        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
 
 
 def prefers_html(accept: str) -> bool:
@@ -477,7 +453,7 @@ def prefers_html(accept: str) -> bool:
 
 
 def quality(accept: str, media_type: str) -> float:
-    """What an Accept header gives to a media type (RFC 9110, 12.5.1)."""
+    """The weight of a media type in an Accept header (RFC 9110, 12.5.1)."""
     ranges = [media_type, media_type.partition("/")[0] + "/*", "*/*"]
     qualities = {}
     for item in accept.lower().split(","):
@@ -512,20 +488,19 @@ def order_response(order: dict) -> bytes:
 
 
 def page_response(path: str, name: str, items: str, query: dict, next_after: int | None) -> bytes:
-    """A page of a collection: the JSON text of its items, and where the next page is."""
-    url = next_url(path, query, next_after) if next_after else None
+    """A page of a collection: the JSON text of its items, and the URL of the next page."""
+    url = None
+    headers = {}
+    if next_after:
+        parameters = {
+            key: value if isinstance(value, str) else json_encode(value)
+            for key, value in {**query, "after": next_after}.items()
+        }
+        url = f"{mount_point()}{path}?{urlencode(parameters)}"
+        headers["Link"] = f'<{url}>; rel="next"'
     body = f'{{"{name}":{items},"next":{json_encode(url)}}}\n'.encode()
     etag = hashlib.blake2b(body, digest_size=12).hexdigest()
-    headers = {"Link": f'<{url}>; rel="next"'} if url else {}
     return json_response(body, 200, etag, **headers)
-
-
-def next_url(path: str, query: dict, next_after: int) -> str:
-    parameters = {
-        name: json_encode(value) if isinstance(value, bool) else value
-        for name, value in query.items()
-    }
-    return f"{mount_point()}{path}?{urlencode(parameters | {'after': next_after})}"
 
 
 def mount_point() -> str:
@@ -1216,217 +1191,175 @@ COMPILERS = {
 # ---------------------------------------------------------------------------------- documentation
 # /openapi.json, and from it the page at /: built from the routes and their schemas.
 
-SCHEMAS = {
-    "Product": PRODUCT,
-    "NewProduct": NEW_PRODUCT,
-    "ProductUpdate": PRODUCT_UPDATE,
-    "StockUpdate": STOCK_UPDATE,
-    "Movement": MOVEMENT,
-    "MovementList": MOVEMENTS,
-    "ProductList": PRODUCTS,
-    "Order": ORDER,
-    "OrderLine": LINE,
-    "NewOrder": NEW_ORDER,
-    "NewOrderLine": NEW_LINE,
-    "OrderUpdate": ORDER_UPDATE,
-    "OrderList": ORDERS,
-    "Health": HEALTH,
-    "Index": INDEX_SCHEMA,
-    "Problem": PROBLEM,
-    "InsufficientStock": INSUFFICIENT_STOCK,
-    "Shortage": SHORTAGE,
-    "InvalidTransition": INVALID_TRANSITION,
-    "ValidationFailed": VALIDATION_FAILED,
-    "InvalidField": ERROR,
-    "IdempotencyKeyReused": IDEMPOTENCY_KEY_REUSED,
-}
 MUG = {"id": 1, "name": "Mug", "description": "Blue", "price": 9.99, "stock": 12}
+ORDERED_MUG = {"product_id": 1, "quantity": 2}
 SOLD_MUG = {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2}
+SHORT_MUG = {"product_id": 1, "requested": 15, "available": 12}
+SOLD_AT = "2026-11-22T10:15:30Z"
+SALE = {"id": 12, "change": -2, "stock": 10, "order_id": 7, "note": "", "created_at": SOLD_AT}
 CART = {
     "id": 7,
     "status": "pending",
     "total_price": 19.98,
-    "created_at": "2026-11-22T10:15:30Z",
+    "created_at": SOLD_AT,
     "reference": "cart-17",
     "products": [SOLD_MUG],
 }
-SALE = {
-    "id": 12,
-    "change": -2,
-    "stock": 10,
-    "order_id": 7,
-    "note": "",
-    "created_at": "2026-11-22T10:15:30Z",
+# Each schema that has a name in /openapi.json, with an example or the exception that makes it.
+SCHEMAS: dict[str, tuple[dict, dict | Exception]] = {
+    "Product": (PRODUCT, MUG),
+    "NewProduct": (NEW_PRODUCT, {name: MUG[name] for name in PRODUCT_FIELDS}),
+    "ProductUpdate": (PRODUCT_UPDATE, {"price": 8.5}),
+    "StockUpdate": (STOCK_UPDATE, {"change": -3, "note": "broken"}),
+    "Movement": (MOVEMENT, SALE),
+    "MovementList": (MOVEMENTS, {"movements": [SALE], "next": None}),
+    "ProductList": (PRODUCTS, {"products": [MUG], "next": None}),
+    "Order": (ORDER, CART),
+    "OrderLine": (LINE, SOLD_MUG),
+    "NewOrder": (NEW_ORDER, {"products": [ORDERED_MUG], "reference": "cart-17"}),
+    "NewOrderLine": (NEW_LINE, ORDERED_MUG),
+    "OrderUpdate": (ORDER_UPDATE, {"status": "completed"}),
+    "OrderList": (ORDERS, {"orders": [CART], "next": None}),
+    "Health": (HEALTH, {"status": "ok"}),
+    "Index": (INDEX_SCHEMA, INDEX),
+    "Problem": (PROBLEM, db.NotFound("product", 1)),
+    "InsufficientStock": (INSUFFICIENT_STOCK, db.InsufficientStock([SHORT_MUG])),
+    "Shortage": (SHORTAGE, SHORT_MUG),
+    "InvalidTransition": (INVALID_TRANSITION, db.InvalidTransition(7, "completed", "cancelled")),
+    "ValidationFailed": (VALIDATION_FAILED, ValidationError([(("price",), "must be a number")])),
+    "InvalidField": (ERROR, {"pointer": "#/price", "detail": "price must be a number."}),
+    "IdempotencyKeyReused": (IDEMPOTENCY_KEY_REUSED, db.IdempotencyKeyReused()),
 }
-SHORT_MUG = {"product_id": 1, "requested": 15, "available": 12}
-EXAMPLES = {
-    "Product": MUG,
-    "NewProduct": {name: MUG[name] for name in PRODUCT_FIELDS},
-    "ProductUpdate": {"price": 8.5},
-    "StockUpdate": {"change": -3, "note": "broken"},
-    "Movement": SALE,
-    "MovementList": {"movements": [SALE], "next": None},
-    "ProductList": {"products": [MUG], "next": None},
-    "Order": CART,
-    "OrderLine": SOLD_MUG,
-    "NewOrder": {"products": [{"product_id": 1, "quantity": 2}], "reference": "cart-17"},
-    "NewOrderLine": {"product_id": 1, "quantity": 2},
-    "OrderUpdate": {"status": "completed"},
-    "OrderList": {"orders": [CART], "next": None},
-    "Health": {"status": "ok"},
-    "Index": INDEX,
-    "Shortage": SHORT_MUG,
-    "InvalidField": {"pointer": "#/price", "detail": "price must be a number."},
+PATH_ID = ID | {"description": "The id that the shop gave it."}
+REQUEST_HEADERS = {
+    "Idempotency-Key": KEY,
+    "If-Match": {"type": "string", "description": "ETags: 412 unless one of them is current."},
+    "If-None-Match": {"type": "string", "description": "ETags: 304 if one of them is current."},
 }
-
-
-def example_problem(problem: bottle.HTTPResponse) -> dict:
-    return json.loads(problem.body)
-
-
-EXAMPLES |= {
-    "Problem": example_problem(Problem(404, "There is no product 1.")),
-    "InsufficientStock": example_problem(
-        problem_for(db.InsufficientStock([SHORT_MUG])),
-    ),
-    "InvalidTransition": example_problem(
-        problem_for(db.InvalidTransition(7, "completed", "cancelled"))
-    ),
-    "ValidationFailed": example_problem(invalid_body([(("price",), "must be a number")])),
-    "IdempotencyKeyReused": example_problem(problem_for(db.IdempotencyKeyReused())),
+RESPONSE_HEADERS = {
+    "Accept": "The media types accepted for the body.",
+    "Accept-Encoding": "identity, if the body was compressed.",
+    "Cache-Control": "no-cache (revalidate before reuse) or no-store.",
+    "Content-Security-Policy": "Limits what the page can load and run.",
+    "ETag": "The version of the content.",
+    "Idempotent-Replayed": "true if this is the response to an earlier request.",
+    "Link": '<...>; rel="next": the next page.',
+    "Location": "The URL of the new item.",
+    "Retry-After": "Seconds to wait before retrying.",
+    "Vary": "Accept.",
+    "WWW-Authenticate": "Bearer.",
 }
-
-
-def string_header(description: str, **keywords) -> dict:
-    return {"description": description, "schema": {"type": "string", **keywords}}
-
-
-ERROR_RESPONSES: dict[int, tuple[str, dict]] = {
-    400: ("The request or its body cannot be read.", {}),
-    401: (
-        "A token is set, and the request lacks it.",
-        {"WWW-Authenticate": string_header("Bearer.")},
-    ),
-    404: ("No such product or order.", {}),
-    411: ("The body has no length.", {}),
-    412: ("If-Match does not hold.", {}),
-    413: ("The body is over 128 KiB.", {}),
-    415: (
-        "The body is not declared as JSON, or is compressed.",
-        {
-            "Accept": string_header("The media types that the body may have."),
-            "Accept-Encoding": string_header("identity, where the body was compressed."),
-        },
-    ),
-    417: ("Expect is not 100-continue.", {}),
-    431: ("The headers are over 16 KiB.", {}),
-    500: ("A fault of the shop.", {}),
-    503: (
-        "The database is busy, full or unreachable. Nothing was changed.",
-        {"Retry-After": string_header("Seconds.")},
-    ),
+# The problems without a type of their own, and what headers they have.
+ERRORS: dict[int, tuple[str, list[str]]] = {
+    400: ("The request or its body cannot be read.", []),
+    401: ("The token is missing or wrong.", ["WWW-Authenticate"]),
+    404: ("There is no such product or order.", []),
+    411: ("The length of the body is missing.", []),
+    412: ("If-Match does not hold.", []),
+    413: ("The body is over 128 KiB.", []),
+    415: ("The body is not declared as JSON, or is compressed.", ["Accept", "Accept-Encoding"]),
+    417: ("Expect is not 100-continue.", []),
+    431: ("The headers are over 16 KiB.", []),
+    500: ("An internal error.", []),
+    503: ("The database is busy, full or unreachable; nothing was changed.", ["Retry-After"]),
 }
-EVERYWHERE = {400, 413, 417, 431, 500}
 TAGS = {
     "products": "What is for sale, and how much of it is left.",
     "orders": "Sales, with names and prices as they were.",
     "service": "The paths, their description, and whether the shop is well.",
 }
+# The shop's own keywords, as sentences.
+OWN_KEYWORDS = {
+    "decimals": "At most two decimals.",
+    "unique_by": "Each {} only once.",
+    "default": "Default: {}.",
+}
 
 
-def openapi_document(script_name: str, secured: frozenset[str] = frozenset()) -> dict:
+@functools.lru_cache(maxsize=16)
+def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
     """The interface as OpenAPI 3.1, for a shop mounted there; secured: Spec.access with a token."""
     paths: dict[str, dict] = {}
     for route in api.routes:
         path = re.sub("<(.*?):id>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = describe_operation(route, secured)
-    document = {
+    components: dict[str, Any] = {
+        "schemas": {name: describe_schema(schema, name) for name, (schema, _) in SCHEMAS.items()},
+        "responses": {
+            str(status): describe_error(status) for status in ERRORS if status != 401 or secured
+        },
+    }
+    if secured:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return {
         "openapi": "3.1.0",
         "info": {
             "title": "Shop",
             "version": VERSION,
             "description": "Products, their stock, and orders that take from it, all or nothing. "
-            "HEAD answers wherever GET does; OPTIONS lists the methods of a path.",
+            "HEAD works wherever GET does; OPTIONS lists the methods of a path.",
         },
         "servers": [{"url": script_name or "/"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
-        "components": {
-            "schemas": {name: describe_schema(schema, name) for name, schema in SCHEMAS.items()},
-            "responses": {
-                str(status): describe_error(status, text, headers)
-                for status, (text, headers) in ERROR_RESPONSES.items()
-                if status != 401 or secured
-            },
-        },
+        "components": components,
     }
-    if secured:
-        schemes = {"token": {"type": "http", "scheme": "bearer"}}
-        document["components"]["securitySchemes"] = schemes  # type: ignore[index]
-    return document
 
 
-@functools.lru_cache(maxsize=16)
-def openapi_json(script_name: str, secured: frozenset[str]) -> bytes:
-    return to_json(openapi_document(script_name, secured))
-
-
-def describe_schema(schema: dict, name: str | None = None) -> dict:
-    """The schema in JSON Schema's own keywords, a nested one that has a name by its reference."""
-    known = next((known for known in SCHEMAS if SCHEMAS[known] is schema), None)
-    if known and known != name:
-        return {"$ref": f"#/components/schemas/{known}"}
+def describe_schema(schema: dict, name: str = "", is_required: bool = False) -> dict:
+    """The schema in JSON Schema's own keywords, with references to all others that have a name."""
+    own_name = next((key for key, (named, _) in SCHEMAS.items() if named is schema), name)
+    if own_name != name:
+        return {"$ref": f"#/components/schemas/{own_name}"}
     described: dict[str, Any] = {}
-    words = [schema["description"]] if "description" in schema else []
+    sentences = [schema["description"]] if "description" in schema else []
     for keyword, value in schema.items():
         if keyword == "properties":
-            described[keyword] = {key: describe_field(schema, key) for key in value}
+            # An update has no defaults either.
+            required = value if "minProperties" in schema else schema["required"]
+            described[keyword] = {
+                field: describe_schema(value[field], is_required=field in required)
+                for field in value
+            }
         elif keyword == "items":
             described[keyword] = describe_schema(value)
-        elif keyword in IN_WORDS:
-            words.append(IN_WORDS[keyword].format(json_encode(value)))
+        elif keyword in OWN_KEYWORDS:
+            if keyword != "default" or not is_required:
+                sentences.append(OWN_KEYWORDS[keyword].format(json_encode(value)))
         elif keyword != "message":
             described[keyword] = value
-    if words:
-        described["description"] = " ".join(words)
+    if sentences:
+        described["description"] = " ".join(sentences)
     if name:
-        described["examples"] = [EXAMPLES[name]]
+        example = SCHEMAS[name][1]
+        if isinstance(example, Exception):
+            example = json.loads(problem_for(example).body)
+        described["examples"] = [example]
     return described
 
 
-def describe_field(schema: dict, name: str) -> dict:
-    field = schema["properties"][name]
-    has_no_default = name in schema["required"] or "minProperties" in schema
-    if has_no_default and "default" in field:  # only then: a copy would lose its name in SCHEMAS
-        field = {key: value for key, value in field.items() if key != "default"}
-    return describe_schema(field)
-
-
-IN_WORDS = {
-    "decimals": "At most two decimals.",
-    "unique_by": "Each {} once.",
-    "default": "Default: {}.",
-}
-
-
-def describe_content(media_types: tuple, *schemas: dict) -> dict:
+def describe_content(media_types: tuple, *schemas: dict, **keywords) -> dict:
     described = [describe_schema(schema) for schema in schemas]
     schema = described[0] if len(described) == 1 else {"oneOf": described}
-    return {media_type: {"schema": schema} for media_type in media_types}
+    return {media_type: {"schema": schema, **keywords} for media_type in media_types}
 
 
-def describe_problem(text: str, headers: dict, *schemas: dict) -> dict:
-    headers = {"Cache-Control": string_header("no-cache."), **headers}
-    content = describe_content(("application/problem+json",), *schemas)
-    return {"description": text, "headers": headers, "content": content}
+def describe_headers(*names: str) -> dict:
+    string = {"type": "string"}
+    return {name: {"description": RESPONSE_HEADERS[name], "schema": string} for name in names}
 
 
-def describe_error(status: int, text: str, headers: dict) -> dict:
-    """A problem without a type of its own, with an example for its status."""
-    described = describe_problem(text, headers, PROBLEM)
-    for content in described["content"].values():
-        content["example"] = example_problem(Problem(status, text))
-    return described
+def describe_problem(text: str, headers: list[str], *schemas: dict, **keywords) -> dict:
+    return {
+        "description": text,
+        "headers": describe_headers("Cache-Control", *headers),
+        "content": describe_content(("application/problem+json",), *schemas, **keywords),
+    }
+
+
+def describe_error(status: int) -> dict:
+    text, headers = ERRORS[status]
+    return describe_problem(text, headers, PROBLEM, example=json.loads(Problem(status, text).body))
 
 
 def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
@@ -1441,7 +1374,7 @@ def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
         "description": description or summary,
         "parameters": describe_parameters(route, spec),
         "security": [{"token": []}] if needs_token else [],
-        "responses": describe_responses(route, spec, needs_token),
+        "responses": describe_success(route, spec) | describe_failures(route, spec, needs_token),
     }
     if spec.body:
         content = describe_content(spec.media_types, spec.body)
@@ -1450,25 +1383,34 @@ def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
 
 
 def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
-    parameters = [
-        {"name": name, "in": "query", "schema": describe_schema(schema)}
-        for name, schema in spec.query["properties"].items()
-    ]
-    for name in re.findall("<(.*?):id>", route.rule):
-        parameters.append({"name": name, "in": "path", "required": True, "schema": ID})
-    headers = {}
-    if route.method == "POST":
-        text = "Done once, however often it is sent with this key."
-        headers["Idempotency-Key"] = {"description": text, "schema": KEY}
-    if spec.if_match:
-        headers["If-Match"] = string_header("ETags: 412 unless one of them is current.")
-    if spec.etag and route.method == "GET":
-        headers["If-None-Match"] = string_header("ETags: 304 if one of them is current.")
-    return parameters + [{"name": name, "in": "header", **headers[name]} for name in headers]
+    headers = {
+        "Idempotency-Key": route.method == "POST",
+        "If-Match": spec.if_match,
+        "If-None-Match": spec.etag and route.method == "GET",
+    }
+    schemas = [("query", name, schema) for name, schema in spec.query["properties"].items()]
+    schemas += [("path", name, PATH_ID) for name in re.findall("<(.*?):id>", route.rule)]
+    schemas += [("header", name, REQUEST_HEADERS[name]) for name in headers if headers[name]]
+    parameters = []
+    for place, name, schema in schemas:
+        parameter = {"name": name, "in": place, "required": place == "path"}
+        described = describe_schema(schema)
+        parameter["description"] = described.pop("description")
+        parameters.append(parameter | {"schema": described})
+    return parameters
 
 
-def describe_responses(route: bottle.Route, spec: Spec, needs_token: bool) -> dict:
-    headers = describe_headers(route, spec)
+def describe_success(route: bottle.Route, spec: Spec) -> dict:
+    possible = {
+        "Cache-Control": route.method == "GET",
+        "Content-Security-Policy": spec.html,
+        "ETag": spec.etag,
+        "Idempotent-Replayed": route.method == "POST",
+        "Link": "limit" in spec.query["properties"],
+        "Location": spec.status == 201,
+        "Vary": spec.html,
+    }
+    headers = describe_headers(*(name for name in possible if possible[name]))
     success: dict[str, Any] = {"description": "Success.", "headers": headers}
     if spec.response:
         success["content"] = describe_content((JSON,), spec.response)
@@ -1477,19 +1419,11 @@ def describe_responses(route: bottle.Route, spec: Spec, needs_token: bool) -> di
     responses = {str(spec.status): success}
     if spec.etag and route.method == "GET":
         responses["304"] = {"description": "If-None-Match names the ETag.", "headers": headers}
-    for status in sorted(error_statuses(route, spec, needs_token)):
-        responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
-    if spec.conflicts:
-        responses["409"] = describe_problem(
-            "The stock does not suffice, or the order is no longer pending.", {}, *spec.conflicts
-        )
-    kinds = [VALIDATION_FAILED] + [IDEMPOTENCY_KEY_REUSED] * (route.method == "POST")
-    responses["422"] = describe_problem("The request is not valid.", {}, *kinds)
     return responses
 
 
-def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[int]:
-    reachable = {
+def describe_failures(route: bottle.Route, spec: Spec, needs_token: bool) -> dict:
+    possible = dict.fromkeys(ERRORS, True) | {
         401: needs_token,
         404: "<" in route.rule,
         411: spec.body is not None,
@@ -1497,25 +1431,14 @@ def error_statuses(route: bottle.Route, spec: Spec, needs_token: bool) -> set[in
         415: spec.body is not None,
         503: spec.database,
     }
-    return EVERYWHERE | {status for status, can_happen in reachable.items() if can_happen}
-
-
-def describe_headers(route: bottle.Route, spec: Spec) -> dict:
-    headers = {}
-    if route.method == "POST":
-        headers["Idempotent-Replayed"] = string_header("true, from the second time on.")
-    if spec.status == 201:
-        headers["Location"] = string_header("The path of what was created.")
-    if spec.etag:
-        headers["ETag"] = string_header("The version of the content.")
-    if route.method == "GET":
-        headers["Cache-Control"] = string_header("no-cache: ask again each time; or no-store.")
-    if "limit" in spec.query["properties"]:
-        headers["Link"] = string_header('<...>; rel="next": the next page.')
-    if spec.html:
-        headers["Vary"] = string_header("Accept.")
-        headers["Content-Security-Policy"] = string_header("Of the page.")
-    return headers
+    statuses = [status for status in ERRORS if possible[status]]
+    responses = {str(status): {"$ref": f"#/components/responses/{status}"} for status in statuses}
+    if spec.conflicts:
+        text = "The state of the product or order does not allow it."
+        responses["409"] = describe_problem(text, [], *spec.conflicts)
+    kinds = [VALIDATION_FAILED] + [IDEMPOTENCY_KEY_REUSED] * (route.method == "POST")
+    responses["422"] = describe_problem("The request is not valid.", [], *kinds)
+    return dict(sorted(responses.items()))
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
@@ -1526,7 +1449,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" 
 * { box-sizing: border-box; min-width: 0; border: 0 solid var(--line); overflow-wrap: anywhere }
 body { max-width: 76rem; margin: auto; padding: 1rem 1rem 5rem; background: var(--page) }
 body, input, button { font: 1rem/1.6 system-ui, sans-serif } summary { padding: .8rem 1rem }
-h2 { margin: 2.5rem 0 .8rem; text-transform: capitalize } h3 { display: inline; margin: 0 .5rem }
+h2 { margin: 2.5rem 0 .8rem; text-transform: capitalize } h3 { display: inline; margin: 0 .3rem }
 small { color: var(--soft); font-weight: 400 } th small { display: block }
 header { max-width: 46rem } #token { -webkit-text-security: disc } td { padding: .5rem 0 }
 code, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
@@ -1543,7 +1466,7 @@ pre { margin: .6rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap 
 pre, input, textarea, button { padding: .5rem .8rem; background: var(--page) }
 input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px solid var(--soft) }
 </style><header><h1>Shop</h1>
-<p>{{document["info"]["description"]}} <a href="{{base}}/openapi.json">The same as OpenAPI.</a></p>
+<p>{{document["info"]["description"]}} <a href="{{base}}/openapi.json">OpenAPI document</a></p>
 <label>Token <small>for every request below; forgotten when you leave the page</small>
 <input id="token" name="token" autocomplete="off" spellcheck="false"></label></header><main>
 % for tag, operations in groups.items():
@@ -1556,10 +1479,10 @@ input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px soli
 </summary><article><form data-method="{{verb}}" data-path="{{base + path}}" autocomplete="off">
 <p>{{operation["description"].removeprefix(operation["summary"])}}</p><h4>Request</h4><table>
 % for field in operation["parameters"] + fields:
-<tr><th>{{field["name"]}} <small>{{field["in"]}}</small><td>{{in_words(field)}}
+<tr><th>{{field["name"]}} <small>{{field["in"]}}</small><td>{{explain(field)}}
 % if field["in"] != "body":
 <input name="{{field["name"]}}" aria-label="{{field["name"]}}" data-in="{{field["in"]}}"
-  {{"required" if field.get("required") else ""}}>
+  {{"required" if field["required"] else ""}}>
 % end
 % end
 </table>
@@ -1574,7 +1497,7 @@ input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px soli
 <h4>Responses</h4><table>
 % for status, response in operation["responses"].items():
 <tr><th>{{status}} <td>{{resolve(response)["description"]}}
-<pre>{{show_body(resolve(response))[1]}}</pre>
+<pre>{{show_body(response)[1]}}</pre>
 % end
 </table></section></article></details>
 % end
@@ -1590,7 +1513,7 @@ async function send(form, token) {
     method: form.dataset.method, headers: given.header, cache: "no-store", ...given.body });
   const headers = Array.from(response.headers, (pair) => pair.join(": "));
   let body = await response.text();
-  try { body = JSON.stringify(JSON.parse(body), null, 2); } catch { /* no JSON: as it is */ }
+  try { body = JSON.stringify(JSON.parse(body), null, 2); } catch { /* not JSON */ }
   return [`${response.status} ${response.statusText}`, ...headers, "", body].join("\\n");
 }
 document.addEventListener("submit", (event) => { event.preventDefault();
@@ -1599,6 +1522,15 @@ document.addEventListener("submit", (event) => { event.preventDefault();
 });
 </script>
 """
+# The page runs and loads nothing but the style and the script in it.
+STYLE_SOURCE, SCRIPT_SOURCE = (
+    f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    for text in re.findall("<(?:style|script)>(.*?)</", PAGE, re.DOTALL)
+)
+CONTENT_SECURITY_POLICY = (
+    f"default-src 'none'; style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @functools.lru_cache(maxsize=16)
@@ -1617,8 +1549,8 @@ def render_page(script_name: str, secured: frozenset[str]) -> str:
     def show_body(part: dict) -> tuple[list, str]:
         media: dict = next(iter(part.get("content", {}).values()), {"schema": {}})
         schema = resolve(media["schema"].get("oneOf", [media["schema"]])[0])
-        examples = [media["example"]] if "example" in media else schema.get("examples", [])
-        return list(body_fields(schema)), "".join(json.dumps(it, indent=2) for it in examples)
+        examples = [json.dumps(example, indent=2) for example in schema.get("examples", [])]
+        return list(body_fields(schema)), "".join(examples)
 
     def body_fields(schema: dict, prefix: str = ""):
         for name, field in schema.get("properties", {}).items():
@@ -1626,18 +1558,18 @@ def render_page(script_name: str, secured: frozenset[str]) -> str:
             yield {"name": prefix + name, "in": "body", "required": required, "schema": field}
             yield from body_fields(resolve(field.get("items", {})), f"{prefix}{name}[].\u200b")
 
-    helpers = {"show_body": show_body, "resolve": resolve, "in_words": in_words, "shlex": shlex}
+    helpers = {"show_body": show_body, "resolve": resolve, "explain": explain, "shlex": shlex}
     return bottle.template(PAGE, helpers, base=script_name, document=document, groups=groups)
 
 
-def in_words(field: dict) -> str:
-    """What a parameter or field may be: "required integer, 1 to 1,000. Items of a page."""
+def explain(field: dict) -> str:
+    """What a parameter or field may be: "required integer, 1 to 1,000. Items per page."""
     schema = field["schema"] | field
-    words = " or ".join(schema.get("enum") or [schema.get("type", "any")])
+    text = " or ".join(schema.get("enum") or [schema.get("type", "any")])
     for noun, unit in {"imum": "", "Length": " characters", "Items": " items"}.items():
         if schema.get(f"max{noun}", ID["maximum"]) < ID["maximum"]:
-            words += f", {schema.get(f'min{noun}', 0):,} to {schema[f'max{noun}']:,}{unit}"
-    return f"{'required ' * field.get('required', 0)}{words}. {schema.get('description', '')}"
+            text += f", {schema.get(f'min{noun}', 0):,} to {schema[f'max{noun}']:,}{unit}"
+    return f"{'required ' * field['required']}{text}. {schema.get('description', '')}"
 
 
 # ---------------------------------------------------------------------------------- configuration

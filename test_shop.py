@@ -2077,7 +2077,7 @@ def test_the_page_of_a_mounted_shop_stays_under_its_mount_point(shop):
 def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
     html = "</textarea></pre><script>alert(1)</script>&amp;\"'"
     monkeypatch.setitem(shop_module.MUG, "name", html)
-    monkeypatch.setitem(shop_module.EXAMPLES["NewProduct"], "name", html)
+    monkeypatch.setitem(shop_module.SCHEMAS["NewProduct"][1], "name", html)
     page = Page(shop_module.render_page.__wrapped__('/"><script>x</script>', frozenset()))
     assert len(page.texts("script")) == 1
     [body] = page.texts("textarea", "create_product")
@@ -3591,7 +3591,7 @@ def test_openapi_names_every_route_and_refers_to_nothing_that_is_missing(shop):
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
         assert operation["summary"]
         assert "401" not in operation["responses"]
-    for name, own in shop_module.SCHEMAS.items():
+    for name, (own, _) in shop_module.SCHEMAS.items():
         described = document["components"]["schemas"][name]
         assert without_words(described) == without_words(standard(own)), name
 
@@ -3611,7 +3611,7 @@ OWN_KEYWORDS = {"decimals", "unique_by", "default", "message"}
 
 
 def reference_to(schema):
-    for name, named in shop_module.SCHEMAS.items():
+    for name, (named, _) in shop_module.SCHEMAS.items():
         if named is schema:
             return {"$ref": f"#/components/schemas/{name}"}
     return standard(schema)
@@ -3735,12 +3735,12 @@ def test_two_decimals_the_repeated_product_and_defaults_are_said_in_words():
         ("/orders/", "sort", "id"),
         ("/orders/", "limit", "100"),
     ]:
-        [schema] = [
-            item["schema"]
+        [description] = [
+            item["description"]
             for item in openapi()["paths"][path]["get"]["parameters"]
             if item["name"] == parameter
         ]
-        assert re.search(rf'Default: "?{default}\b', schema["description"])
+        assert re.search(rf'Default: "?{default}\b', description)
 
 
 def test_only_the_schemas_of_requests_are_closed_to_new_fields():
@@ -3752,6 +3752,36 @@ def test_only_the_schemas_of_requests_are_closed_to_new_fields():
             assert schema["additionalProperties"] is False, name
         else:
             assert "additionalProperties" not in keywords_in(schema), name
+
+
+def test_openapi_declares_a_condition_only_where_it_has_an_effect():
+    if_match = {"update_product", "update_stock", "delete_product", "update_order"}
+    if_none_match = {"list_products", "get_product", "list_movements", "list_orders", "get_order"}
+    for operation in operations_of_openapi():
+        name = operation["operationId"]
+        headers = {item["name"] for item in operation["parameters"] if item["in"] == "header"}
+        assert ("If-Match" in headers) == (name in if_match), name
+        assert ("412" in operation["responses"]) == (name in if_match), name
+        assert ("If-None-Match" in headers) == (name in if_none_match), name
+        assert ("304" in operation["responses"]) == (name in if_none_match), name
+
+
+def test_openapi_declares_an_etag_where_a_success_has_one(make_shop, tmp_path):
+    for name, (_, method, path, body) in ACCESS.items():
+        shop = make_shop(f"sqlite:///{tmp_path}/{name}.sqlite3")
+        shop.product(stock=99)
+        shop.order((1, 1))
+        response = shop(method, path, body)
+        operation = declared_operation(method, path)
+        headers = operation["responses"][str(response.status_int)]["headers"]
+        assert ("ETag" in response.headers) == ("ETag" in headers), name
+
+
+def test_every_parameter_of_openapi_has_a_description():
+    for operation in operations_of_openapi():
+        for item in operation["parameters"]:
+            assert item["description"].endswith("."), item["name"]
+            assert item["required"] == (item["in"] == "path")
 
 
 def test_every_component_of_openapi_is_used():
