@@ -1688,36 +1688,41 @@ def read_flag(environ: dict, name: str, default: bool) -> bool:
     return FLAGS[text.lower()]
 
 
-def read_environment() -> dict:
-    """What is set, and beneath it what a file .env in the working directory sets."""
+# A line that docker compose, systemd and a shell read alike: hence no ~ or { where a shell expands
+# it, and no backslash before a closing quote or at the end of a comment.
+ENV_LINE = re.compile(
+    r"""
+    [ \t]* (?: \# (?: [^\r\0]* [^\r\0\\] )?
+    | (?: export [ \t]+ (?! [^\s'"]* \{ ) )? (?P<name> [A-Za-z_][A-Za-z0-9_]* ) =
+      (?: ' (?P<single> [^'\r\0]* ) (?<! \\ ) '
+      | " (?P<double> [^"$`\\\r\0]* ) "
+      | (?P<bare> (?: [^\s\0'"$`\\;&|<>()~] | (?<! [=:] ) ~ )+ )
+        (?: [ \t]* [ ] \# (?: [^\r\0]* [^\r\0\\] )? )?
+      )? [ \t]*
+    )?
+    """,
+    re.VERBOSE,
+)
+
+
+def read_environment() -> dict[str, str]:
+    """The environment, completed from a file .env in the working directory."""
     try:
-        with open(".env", encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+        with open(".env", encoding="utf-8-sig", newline="") as file:
+            lines = file.read().split("\n")
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The file .env cannot be read: {error}.") from error
     values: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            values |= read_env_line(number, line.strip())
+        match = ENV_LINE.fullmatch(line.removesuffix("\r"))
+        if not match:
+            # Nothing of the line is shown: it may be a secret.
+            raise ConfigError(f"Line {number} of .env is not plain NAME=value, or NAME='value'.")
+        if match["name"]:
+            values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
     return values | os.environ
-
-
-def read_env_line(number: int, line: str) -> dict[str, str]:
-    """As docker compose reads it: `export`, = or :, quotes, comments. Raises ConfigError."""
-    name, separator, rest = re.findall(r"^(?:export\s+)?(\w*)\s*([=:]?)\s*(.*)", line)[0]
-    quoted = re.fullmatch(r"""(['"])((?:(?!\1)[^\\]|\\.)*)\1\s*(?:#.*)?""", rest)
-    unterminated = rest.startswith(("'", '"')) and not quoted
-    if not separator or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or unterminated:
-        # Nothing of the line is shown: it may be a secret.
-        raise ConfigError(f"Line {number} of .env is not NAME=value.")
-    if not quoted:
-        return {name: re.split(r"\s#", rest)[0].rstrip()}
-    if quoted[1] == "'":
-        return {name: quoted[2].replace("\\'", "'")}
-    escapes = {"n": "\n", "r": "\r", "t": "\t"}
-    return {name: re.sub(r"\\(.)", lambda match: escapes.get(match[1], match[1]), quoted[2])}
 
 
 def open_store(settings: Settings, lock_timeout: float) -> db.Store:
