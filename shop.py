@@ -21,6 +21,7 @@ A request from socket to SQL:
 
 import base64
 import collections
+import configparser
 import contextlib
 import csv
 import decimal
@@ -1021,17 +1022,37 @@ def create_app(
     Litestream. lock_timeout: seconds that a write waits for another process. Raises ConfigError
     for a setting, db.DatabaseError for a database that cannot be used.
     """
-    environ = read_environment() if database_url is None else {"DATABASE_URL": database_url}
-    arguments = {
-        "ADMIN_TOKEN": admin_token,
-        "ORDER_TOKEN": order_token,
-        "CORS_ORIGINS": cors_origins,
-        "DEBUG": debug and "true",
-        "READ_ONLY": read_only and "true",
-        "LITESTREAM": litestream and "true",
+    given = {
+        "database": database_url and read_database_url("DATABASE_URL", database_url),
+        "admin_token": admin_token and read_token("ADMIN_TOKEN", admin_token),
+        "order_token": order_token and read_token("ORDER_TOKEN", order_token),
+        "cors_origins": read_origins("CORS_ORIGINS", cors_origins),
+        "debug": debug,
+        "read_only": read_only,
+        "litestream": litestream,
     }
-    given = {name: value for name, value in arguments.items() if value}
-    return open_application(read_settings(environ | given), lock_timeout)
+    environ = read_environment() if database_url is None else {}
+    settings = read_settings(environ, **{name: value for name, value in given.items() if value})
+    return open_application(settings, lock_timeout)
+
+
+def open_application(settings: "Settings", lock_timeout: float) -> Application:
+    store = open_store(settings, lock_timeout)
+    return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
+
+
+def open_store(settings: "Settings", lock_timeout: float) -> db.Store:
+    return db.Store(
+        settings.database,
+        lock_timeout=lock_timeout,
+        read_only=settings.read_only,
+        autocheckpoint=not settings.litestream,
+        trace=log_statement if settings.debug else None,
+    )
+
+
+def log_statement(sql: str) -> None:
+    print(" ".join(sql.split()), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- validation
@@ -1576,7 +1597,7 @@ def explain(field: dict) -> str:
 
 
 class Settings(NamedTuple):
-    """What the environment sets, with the defaults."""
+    """The settings of a shop, with their defaults."""
 
     database: str = "db.sqlite3"  # a path
     admin_token: str | None = None
@@ -1595,97 +1616,89 @@ class ConfigError(Exception):
     """A setting cannot be used."""
 
 
-FLAGS = dict.fromkeys(("true", "1", "yes", "on"), True)
-FLAGS |= dict.fromkeys(("false", "0", "no", "off"), False)
-
-
-def read_settings(environ: dict) -> Settings:
-    """The settings that an environment gives. Raises ConfigError for one that cannot be used."""
-    unset = Settings()
-    settings = Settings(
-        database=read_database_url(environ.get("DATABASE_URL") or f"sqlite:///{unset.database}"),
-        admin_token=read_token(environ, "ADMIN_TOKEN"),
-        order_token=read_token(environ, "ORDER_TOKEN"),
-        cors_origins=read_origins(environ.get("CORS_ORIGINS") or ""),
-        order_timeout=read_minutes(environ.get("ORDER_TIMEOUT") or ""),
-        host=environ.get("HOST") or unset.host,
-        port=read_port(environ.get("PORT") or str(unset.port)),
-        debug=read_flag(environ, "DEBUG", unset.debug),
-        access_log=read_flag(environ, "ACCESS_LOG", unset.access_log),
-        read_only=read_flag(environ, "READ_ONLY", unset.read_only),
-        litestream=read_flag(environ, "LITESTREAM", unset.litestream),
-    )
-    if settings.order_token and not settings.admin_token:
-        raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without it everything is open anyway.")
-    return settings
-
-
 def shown(value: str) -> str:
     """A value as a message shows it: at most 100 characters."""
     text = repr(value[:101])
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def read_database_url(url: str) -> str:
+def read_database_url(name: str, url: str) -> str:
     path = url.removeprefix("sqlite:///")
     if path == url or path in ("", "/", ":memory:") or "\0" in path:
-        raise ConfigError(
-            "DATABASE_URL must be sqlite:///FILE, or sqlite:////FILE for an absolute path, "
-            f"not {shown(url)}."
-        )
+        wanted = "sqlite:///FILE, or sqlite:////FILE for an absolute path"
+        raise ConfigError(f"{name} must be {wanted}, not {shown(url)}.")
     if os.path.isdir(path):
-        raise ConfigError(f"DATABASE_URL names a directory, {shown(path)}: it must be a file.")
+        raise ConfigError(f"{name} names a directory, {shown(path)}: it must be a file.")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise ConfigError(f"DATABASE_URL names a folder that does not exist: {shown(folder)}.")
+        raise ConfigError(f"{name} names a folder that does not exist: {shown(folder)}.")
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass  # it will be made
+        with contextlib.suppress(FileNotFoundError):  # db.py creates it
+            os.lstat(path)
     except OSError as error:
-        raise ConfigError(f"DATABASE_URL: {error.strerror}: {shown(path)}.") from error
+        raise ConfigError(f"{name}: {error.strerror}: {shown(path)}.") from error
     return path
 
 
-def read_port(text: str) -> int:
+def read_port(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < 65536):
-        raise ConfigError(f"PORT must be a number up to 65535, not {shown(text)}.")
+        raise ConfigError(f"{name} must be a number up to 65535, not {shown(text)}.")
     return int(text)
 
 
-def read_token(environ: dict, name: str) -> str | None:
-    token = environ.get(name) or None
-    if token and not re.fullmatch(r"[!-~]+", token):
+def read_token(name: str, token: str) -> str:
+    if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(f"{name} must be visible ASCII characters without blanks.")
     return token
 
 
-def read_origins(text: str) -> frozenset[str]:
+def read_origins(name: str, text: str) -> frozenset[str]:
     origins = text.replace(",", " ").split()
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+", origin):
             raise ConfigError(
-                f"CORS_ORIGINS must be * or origins such as https://shop.example, not "
-                f"{shown(origin)}."
+                f"{name} must be * or origins such as https://shop.example, not {shown(origin)}."
             )
     return frozenset(origins)
 
 
-def read_minutes(text: str) -> float | None:
-    if not text:
-        return None
+def read_minutes(name: str, text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,9})?", text) or float(text) == 0:
-        raise ConfigError(f"ORDER_TIMEOUT must be a number of minutes above 0, not {shown(text)}.")
+        raise ConfigError(f"{name} must be a number of minutes above 0, not {shown(text)}.")
     return float(text)
 
 
-def read_flag(environ: dict, name: str, default: bool) -> bool:
-    text = environ.get(name)
-    if not text:
-        return default
-    if text.lower() not in FLAGS:
+def read_flag(name: str, text: str) -> bool:
+    flags = configparser.ConfigParser.BOOLEAN_STATES  # 1/0, yes/no, true/false, on/off
+    if text.lower() not in flags:
         raise ConfigError(f"{name} must be true or false, not {shown(text)}.")
-    return FLAGS[text.lower()]
+    return flags[text.lower()]
+
+
+READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    "DATABASE_URL": ("database", read_database_url),
+    "ADMIN_TOKEN": ("admin_token", read_token),
+    "ORDER_TOKEN": ("order_token", read_token),
+    "CORS_ORIGINS": ("cors_origins", read_origins),
+    "ORDER_TIMEOUT": ("order_timeout", read_minutes),
+    "HOST": ("host", lambda name, text: text),
+    "PORT": ("port", read_port),
+    "DEBUG": ("debug", read_flag),
+    "ACCESS_LOG": ("access_log", read_flag),
+    "READ_ONLY": ("read_only", read_flag),
+    "LITESTREAM": ("litestream", read_flag),
+}
+
+
+def read_settings(environ: dict[str, str], **given: Any) -> Settings:
+    """Read the settings that are not given from an environment, where empty means not set."""
+    for name, (field, read) in READERS.items():
+        if environ.get(name) and field not in given:
+            given[field] = read(name, environ[name])
+    settings = Settings(**given)
+    if settings.order_token and not settings.admin_token:
+        raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without it everything is open anyway.")
+    return settings
 
 
 # A line that docker compose, systemd and a shell read alike: hence no ~ or { where a shell expands
@@ -1723,25 +1736,6 @@ def read_environment() -> dict[str, str]:
         if match["name"]:
             values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
     return values | os.environ
-
-
-def open_store(settings: Settings, lock_timeout: float) -> db.Store:
-    return db.Store(
-        settings.database,
-        lock_timeout=lock_timeout,
-        read_only=settings.read_only,
-        autocheckpoint=not settings.litestream,
-        trace=log_statement if settings.debug else None,
-    )
-
-
-def open_application(settings: Settings, lock_timeout: float) -> Application:
-    store = open_store(settings, lock_timeout)
-    return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
-
-
-def log_statement(sql: str) -> None:
-    print(" ".join(sql.split()), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- server

@@ -3256,6 +3256,24 @@ def test_an_application_made_without_a_url_takes_the_settings_of_the_environment
     assert (tmp_path / "mine.sqlite3").exists()
 
 
+def test_arguments_of_create_app_outrank_the_environment_that_a_url_leaves_out(
+    make_shop, url, monkeypatch, capsys
+):
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("ORDER_TOKEN", "theirs")
+    monkeypatch.setenv("CORS_ORIGINS", "nonsense")
+    monkeypatch.setenv("DEBUG", "false")
+    shop = make_shop(None, admin_token="mine", cors_origins="*", debug=True)
+    assert shop.order().status_int == 401
+    assert shop("GET", "/", None, {"Origin": "https://a"}).headers["Access-Control-Allow-Origin"]
+    assert "SELECT" in capsys.readouterr().err
+    shop = make_shop(url)
+    assert shop("GET", "/orders/").status_int == 200
+    for arguments in {"admin_token": "a b"}, {"cors_origins": "nonsense"}:
+        with pytest.raises(shop_module.ConfigError, match=next(iter(arguments)).upper()):
+            make_shop(url, **arguments)
+
+
 def test_the_shop_runs_under_a_server_with_threads(tmp_path):
     server = Server(tmp_path)
     options = ["--listen=127.0.0.1:0", "--threads=8", "--call", "shop:create_app"]
