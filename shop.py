@@ -19,6 +19,7 @@ A request from socket to SQL:
     6 Store.create_order           SQL
 """
 
+import argparse
 import base64
 import collections
 import configparser
@@ -41,13 +42,13 @@ import signal
 import socket
 import string
 import sys
-import tempfile
+import textwrap
 import time
 import traceback
 import types
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 from urllib.parse import parse_qsl, quote, urlencode
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -2171,97 +2172,117 @@ def allow_connections() -> int:
 
 # ----------------------------------------------------------------------------------- command line
 
-HELP = """\
-usage: python shop.py [serve]                       serve the shop until SIGTERM or SIGINT
-       python shop.py backup FILE [--overwrite]     copy the database to FILE, while it is in use
-       python shop.py check [FILE]                  check FILE, or else the shop's own database
-       python shop.py import FILE.csv [--stock]     add and change products from a spreadsheet,
-                                                    or from standard input (-); --stock sets the
-                                                    stock of products that there are, too
-       python shop.py export [FILE.csv]             write all products as import reads them
-       python shop.py expire                        cancel orders older than ORDER_TIMEOUT
-       python shop.py --version                     print the version
-
+SETTINGS_HELP = """\
 Settings come from the environment, and from a file .env in the working directory:
     DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
     HOST, PORT     where to listen: 127.0.0.1, 8000
-    ADMIN_TOKEN    that Authorization: Bearer must carry, except to read products and, without
-                   ORDER_TOKEN, to order; unset: everything is open to everyone
-    ORDER_TOKEN    that placing an order must carry, or else the admin's; needs ADMIN_TOKEN
-    ORDER_TIMEOUT  minutes after which a pending order is cancelled; unset: never
+    ADMIN_TOKEN    what Authorization: Bearer must carry, except to read products and, without
+                   ORDER_TOKEN, to order; not set: everything is open to everyone
+    ORDER_TOKEN    what it must carry to place an order, if not ADMIN_TOKEN; needs ADMIN_TOKEN
+    ORDER_TIMEOUT  minutes after which a pending order is cancelled; not set: never
     CORS_ORIGINS   origins of web pages that may call the shop, such as https://shop.example, or *
-    ACCESS_LOG     true: a line a request on standard output
+    ACCESS_LOG     true: one line per request on standard output
     DEBUG          false; true logs every SQL statement on standard error
-    READ_ONLY      false; true serves a copy that another process renews, and refuses writes
+    READ_ONLY      false; true serves a copy that another process renews, and rejects writes
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
 COMMAND_LOCK_TIMEOUT = 30  # seconds that a command waits for the shop to finish a write
 
 
-class Command(NamedTuple):
-    """What to run, and what the command line may have behind its name."""
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, and does not complete options."""
 
-    run: Callable[..., int]
-    least_files: int = 0
-    most_files: int = 0
-    options: frozenset[str] = frozenset()
+    def __init__(self, **keywords: Any):
+        keywords["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"shop: {textwrap.shorten(message, 150)}; see {self.prog} --help\n")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python shop.py", epilog=SETTINGS_HELP)
+    version = f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+
+    def add_command(name: str, run: Callable, text: str, usage: str = "") -> Parser:
+        command = commands.add_parser(name, usage=f"%(prog)s {usage}", help=text, description=text)
+        command.set_defaults(run=run)
+        if usage:
+            command.add_argument("file", nargs="?", help=argparse.SUPPRESS)
+        return command
+
+    add_command("serve", run_serve, "serve the shop until SIGTERM or SIGINT (the default)")
+    text = "copy the database to FILE while it is in use"
+    command = add_command("backup", run_backup, text, "FILE [--overwrite]")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_command("check", run_check, "check FILE, or else the shop's own database", "[FILE]")
+    text = "add and change products from a spreadsheet, or from standard input (-)"
+    command = add_command("import", run_import, text, "FILE.csv [--stock]")
+    text = "also set the stock of existing products"
+    command.add_argument("--stock", action="store_true", help=text)
+    add_command("export", run_export, "write all products as import reads them", "[FILE.csv]")
+    add_command("expire", run_expire, "cancel pending orders older than ORDER_TIMEOUT")
+
+    words = arguments or ["serve"]
+    if words[0] not in {*commands.choices, "-h", "--help", "--version"}:
+        kind = "option" if words[0].startswith("-") else "command"
+        parser.error(f"unknown {kind} {shown(words[0])}")
+    options, rest = parser.parse_known_args(words)
+    command = commands.choices[options.command]
+    file = getattr(options, "file", None)
+    if file and re.match("-.", file):  # argparse takes -1 and "-x y" for files
+        rest.insert(0, file)
+    if rest:
+        kind = "unknown option" if re.match("-.", rest[0]) else "unexpected argument"
+        command.error(f"{kind} {shown(rest[0])}")
+    # Not left to argparse, which would report a missing file before an unknown option.
+    if options.command in ("backup", "import") and file is None:
+        command.error(f"{options.command} needs a file")
+    return options
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the command line says; return the exit status."""
-    if {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return 0
-    if "--version" in arguments:
-        print(f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}")
-        return 0
-    name, *words = arguments or ["serve"]
-    options = {word for word in words if word.startswith("-") and word != "-"}
-    files = [word for word in words if word not in options]
-    if name not in COMMANDS:
-        kind = "option" if name.startswith("-") else "command"
-        return fail(f"unknown {kind} {shown(name)}; see python shop.py --help", 2)
-    command = COMMANDS[name]
-    unknown = sorted(options - command.options)
-    if unknown:
-        return fail(f"unknown option {shown(unknown[0])} of {name}; see --help", 2)
-    least = command.least_files
-    most = command.most_files
-    if not least <= len(files) <= most:
-        noun = "file" if most == 1 else "files"
-        wanted = f"{least} to {most} {noun}" if least < most else f"{most} {noun}"
-        return fail(f"{name} takes {wanted}, not {len(files)}; see --help", 2)
-    return command.run(*files, *options)
-
-
-def fail(reason: object, status: int) -> int:
-    print(f"shop: {' '.join(str(reason).split())}", file=sys.stderr)
-    return status
-
-
-def serve() -> int:
+    """Run a command; return the exit status."""
+    options = parse_arguments(arguments)
     try:
-        settings = read_settings(read_environment())
-        # The loop waits for the lock itself, and serves reads meanwhile.
-        app = open_application(settings, lock_timeout=0)
-    except (ConfigError, db.DatabaseError) as error:
-        return fail(error, 2)
+        return options.run(read_settings(read_environment()), options)
+    except BrokenPipeError:
+        return 1  # nobody reads the rest of the output
+    except OSError as error:
+        if "file" not in options:
+            raise
+        lines = [f"{options.file or 'standard output'}: {error.strerror}."]
+    except SpreadsheetError as error:
+        lines = [f"{options.file}, {line}" for line in error.args]
+        lines.append("nothing has been imported.")
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable, db.NotFound) as error:
+        lines = [str(error)]
+    for line in lines:
+        print(f"shop: {' '.join(line.split())}", file=sys.stderr)
+    return 2 if options.run is run_serve else 1
+
+
+def run_serve(settings: Settings, options: argparse.Namespace) -> int:
+    # The loop waits for the lock itself, and serves reads meanwhile.
+    app = open_application(settings, lock_timeout=0)
     try:
         loop = Loop(app, settings)
     except (OSError, ValueError) as error:  # of the listening socket
         reason = getattr(error, "strerror", None) or "there is no such host"
-        host = shown(settings.host)
-        return fail(f"cannot listen on HOST {host}, PORT {settings.port}: {reason}.", 2)
+        address = f"HOST {shown(settings.host)}, PORT {settings.port}"
+        raise ConfigError(f"cannot listen on {address}: {reason}.") from error
     host, port = loop.servers[0].effective_host, loop.servers[0].effective_port
     host = f"[{host}]" if ":" in host else host
     print(f"Serving http://{host}:{port}/ from {app.store.path}", flush=True)
-    print(who_may(settings), flush=True)
+    print(describe_access(settings), flush=True)
     loop.run()
     app.close()
     return 0
 
 
-def who_may(settings: Settings) -> str:
+def describe_access(settings: Settings) -> str:
     """What the start-up log says about access."""
     if settings.read_only:
         orders = "may be read by anyone" if not settings.admin_token else "need the token"
@@ -2273,7 +2294,7 @@ def who_may(settings: Settings) -> str:
     return "Orders and changes need a token."
 
 
-def run_backup(file: str, *options: str) -> int:
+def run_backup(settings: Settings, options: argparse.Namespace) -> int:
     started_at = time.monotonic()
 
     def show_progress(remaining: int, total: int) -> None:
@@ -2281,38 +2302,30 @@ def run_backup(file: str, *options: str) -> int:
             percent = 100 - 100 * remaining // max(total, 1)
             print(f"\r{percent} %", end="\r" if remaining else "\n", file=sys.stderr)
 
-    try:
-        database = read_settings(read_environment()).database
-        copy = db.backup(database, file, overwrite=bool(options), progress=show_progress)
-    except (ConfigError, db.DatabaseError) as error:
-        return fail(error, 1)
-    print(f"{file}: {copy['products']} products, {copy['orders']} orders, {copy['bytes']} bytes")
+    copy = db.backup(
+        settings.database, options.file, overwrite=options.overwrite, progress=show_progress
+    )
+    counts = f"{copy['products']} products, {copy['orders']} orders, {copy['bytes']} bytes"
+    print(f"{options.file}: {counts}")
     return 0
 
 
-def run_check(file: str | None = None) -> int:
-    try:
-        file = file or read_settings(read_environment()).database
-        errors = db.check_integrity(file)
-    except (ConfigError, db.DatabaseError) as error:
-        return fail(error, 1)
-    for error_text in errors or ["sound"]:
-        print(f"{file}: {error_text}")
+def run_check(settings: Settings, options: argparse.Namespace) -> int:
+    file = options.file or settings.database
+    errors = db.check_integrity(file)
+    for line in errors or ["sound"]:
+        print(f"{file}: {line}")
     return 1 if errors else 0
 
 
-def run_expire() -> int:
-    try:
-        settings = read_settings(read_environment())
-        store = open_store(settings, COMMAND_LOCK_TIMEOUT)
-        if settings.order_timeout is None:
-            raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
-        cancelled = 0
-        while store.has_expired_orders(settings.order_timeout):
-            cancelled += store.expire_orders(settings.order_timeout)
-        store.close()
-    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
-        return fail(error, 1)
+def run_expire(settings: Settings, options: argparse.Namespace) -> int:
+    if settings.order_timeout is None:
+        raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
+    store = open_store(settings, COMMAND_LOCK_TIMEOUT)
+    cancelled = 0
+    while store.has_expired_orders(settings.order_timeout):
+        cancelled += store.expire_orders(settings.order_timeout)
+    store.close()
     print(f"{cancelled} orders cancelled")
     return 0
 
@@ -2322,76 +2335,59 @@ def run_expire() -> int:
 COLUMNS = ["id", *PRODUCT_FIELDS]
 
 
-class CsvErrors(Exception):
-    """A spreadsheet cannot be imported; the argument is a list of what is wrong, by line."""
+class SpreadsheetError(Exception):
+    """A spreadsheet cannot be imported; each argument says what is wrong with a line."""
 
 
-def run_import(file: str, *options: str) -> int:
-    """Check every row first, so that the lock is taken for no more than the writing."""
-    try:
-        store = open_store(read_settings(read_environment()), COMMAND_LOCK_TIMEOUT)
-        with open_csv(file) as source, tempfile.TemporaryFile("w+", encoding="utf-8") as checked:
-            check_rows(source, store, "--stock" in options, checked)
-            checked.seek(0)
-            added, changed = store.import_products(map(json.loads, checked))
-        store.close()
-    except CsvErrors as error:
-        for line in error.args[0]:
-            print(f"shop: {file}, {line}", file=sys.stderr)
-        return fail("nothing has been imported.", 1)
-    except OSError as error:
-        return fail(f"{file}: {error.strerror}.", 1)
-    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable, db.NotFound) as error:
-        return fail(f"{error} Nothing has been imported.", 1)
-    print(f"{file}: {added} products added, {changed} changed")
+def run_import(settings: Settings, options: argparse.Namespace) -> int:
+    file = 0 if options.file == "-" else options.file
+    store = open_store(settings, COMMAND_LOCK_TIMEOUT)
+    # Bytes that are not UTF-8 become surrogates, which the rules of the API reject, line by line.
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as source:
+        # Every row is checked first, so that the lock is held for no more than the writing.
+        rows = read_rows(source, store, options.stock)
+    added, changed = store.import_products(rows)
+    store.close()
+    print(f"{options.file}: {added} products added, {changed} changed")
     return 0
 
 
-def open_csv(file: str) -> TextIO:
-    source: str | int = 0 if file == "-" else file
-    # Bytes that are no UTF-8 become surrogates, which the rules of the API refuse, line by line.
-    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    return open(source, **how)  # type: ignore[call-overload]  # noqa: SIM115
-
-
-def check_rows(source: TextIO, store: db.Store, with_stock: bool, checked: TextIO) -> None:
-    """Write the valid rows to a file, one as JSON to a line. Raises CsvErrors for all others."""
+def read_rows(source: TextIO, store: db.Store, with_stock: bool) -> list[dict]:
+    """The rows as import_products() takes them. Raises SpreadsheetError with every faulty line."""
     reader = csv.reader(source, strict=True)  # or a quote without end would swallow the rest
+    rows: list[dict] = []
     errors: list[str] = []
     line = 1  # in which a row begins: cells may hold line breaks
     try:
-        columns = read_columns(next(reader, []))
+        columns = next(reader, [])
+        if not columns or set(columns) - set(COLUMNS) or len(set(columns)) < len(columns):
+            wanted = f"columns out of {','.join(COLUMNS)}, each once, separated by commas"
+            header = shown(",".join(columns))
+            raise SpreadsheetError(f"line 1: the header must name {wanted}, not {header}.")
         known = {product["id"] for product in store.export_products()}
+        validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
         line = reader.line_num + 1
         for number, cells in enumerate(reader, 1):
             if cells:
-                row, messages = check_row(columns, cells, known, with_stock)
+                row, messages = read_row(columns, cells, known, with_stock, validators)
                 errors += [f"line {line}: {message}." for message in messages]
-                if not errors:
-                    checked.write(json_encode(row) + "\n")
+                rows.append(row)
             line = reader.line_num + 1
             if number % 10_000 == 0 and sys.stderr.isatty():
                 print(f"\r{number} rows checked", end="\r", file=sys.stderr)
     except csv.Error as error:
-        errors.append(f"line {line}: {error}; what follows has not been checked.")
+        errors.append(f"line {line}: {error}; the rest has not been checked.")
     if errors:
-        raise CsvErrors(errors)
+        raise SpreadsheetError(*errors)
+    return rows
 
 
-def read_columns(columns: list[str]) -> list[str]:
-    unknown = [name for name in columns if name not in COLUMNS]
-    if not columns or unknown or len(set(columns)) < len(columns):
-        raise CsvErrors(
-            [
-                f"line 1: the header must name columns out of {','.join(COLUMNS)}, each once, "
-                f"separated by commas, not {shown(','.join(columns))}."
-            ]
-        )
-    return columns
-
-
-def check_row(
-    columns: list[str], cells: list[str], known: set[int], with_stock: bool
+def read_row(
+    columns: list[str],
+    cells: list[str],
+    known: set[int],
+    with_stock: bool,
+    validators: tuple[Validator, Validator],
 ) -> tuple[dict, list[str]]:
     """A row as fields of a product, by the rules of the API; and what is wrong with it."""
     if len(cells) != len(columns):
@@ -2400,59 +2396,40 @@ def check_row(
     id_text = fields.pop("id", "")
     for name in {"price", "stock"} & fields.keys():
         fields[name] = read_number(fields[name])
-    if not id_text:
-        schema = NEW_PRODUCT
-        if fields.get("stock") == "":
-            del fields["stock"]
-    else:
-        schema = PRODUCT_UPDATE
+    messages = []
+    row: dict[str, Any] = {}
+    if id_text:
         if not with_stock:
             fields.pop("stock", None)
         if not fields:
             return {}, ["there is nothing to change: a stock is only set with --stock"]
-    return validate_row(schema, fields, id_text, known)
-
-
-def validate_row(
-    schema: dict, fields: dict, id_text: str, known: set[int]
-) -> tuple[dict, list[str]]:
-    messages = []
-    row: dict[str, Any] = {}
-    if id_text:
-        product_id = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
-        if product_id not in known:
-            messages.append(f"id {shown(id_text)} is no product, or stands in the file twice")
-        known.discard(product_id)
-        row["id"] = product_id
+        row["id"] = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
+        if row["id"] not in known:
+            messages.append(f"no product with id {shown(id_text)}, or the id appears twice")
+        known.discard(row["id"])
+    elif fields.get("stock") == "":
+        del fields["stock"]
     try:
-        row |= validate(fields, compile_schema(schema))
+        row |= validate(fields, validators[bool(id_text)])
     except ValidationError as error:
         messages += [f"{field_name(path)} {message}" for path, message in error.errors]
     return row, messages
 
 
 def read_number(text: str) -> Any:
-    """A cell as JSON has it: a number where it is one, else the text, which is refused later."""
+    """A cell as JSON has it: a number where it is one, else the text, which is rejected later."""
     if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
         return parse_decimal(text) if "." in text else parse_int(text)
     return text
 
 
-def run_export(file: str | None = None) -> int:
-    try:
-        database = read_settings(read_environment()).database
-        store = db.Store(database, read_only=True)
-        if file in (None, "-"):
-            with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
-                write_csv(store, target)
-        else:
-            export_file(store, file)
-    except BrokenPipeError:
-        return 1  # nobody reads on
-    except OSError as error:
-        return fail(f"{file or 'standard output'}: {error.strerror}.", 1)
-    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
-        return fail(error, 1)
+def run_export(settings: Settings, options: argparse.Namespace) -> int:
+    store = db.Store(settings.database, read_only=True)
+    if options.file in (None, "-"):
+        with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
+            write_csv(store, target)
+    else:
+        export_file(store, options.file)
     return 0
 
 
@@ -2475,16 +2452,6 @@ def write_csv(store: db.Store, target: TextIO) -> None:
     for product in store.export_products():
         cents = product["price"]
         writer.writerow({**product, "price": f"{cents // 100}.{cents % 100:02}"})
-
-
-COMMANDS = {
-    "serve": Command(serve),
-    "backup": Command(run_backup, 1, 1, frozenset({"--overwrite"})),
-    "check": Command(run_check, 0, 1),
-    "import": Command(run_import, 1, 1, frozenset({"--stock"})),
-    "export": Command(run_export, 0, 1),
-    "expire": Command(run_expire),
-}
 
 
 if __name__ == "__main__":

@@ -3451,8 +3451,11 @@ def setting_names():
 def test_help_lists_every_command_and_every_setting(tmp_path):
     help_ = Server(tmp_path).run("--help")
     assert help_.returncode == 0
-    for word in "backup FILE", "check [FILE]", "--version", *setting_names():
+    commands = ["serve", "backup", "check", "import", "export", "expire"]
+    for word in *commands, "--version", *setting_names():
         assert word in help_.stdout
+    for command in commands:
+        assert f"shop.py {command} " in Server(tmp_path).run(command, "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -3470,11 +3473,22 @@ def test_help_lists_every_command_and_every_setting(tmp_path):
         (["backup", "a", "b"], "backup"),
         (["check", "a", "b"], "check"),
         (["serve", "a"], "serve"),
+        (["import"], "import"),
+        ([""], "unknown command ''"),
+        (["-"], "'-'"),
+        (["--"], "'--'"),
+        (["--vers"], "unknown option '--vers'"),
+        (["backup", "--force"], "unknown option '--force'"),
+        (["backup", "--over", "x"], "unknown option '--over'"),
+        (["backup", "--overwrite=" + "x" * 5000, "x"], "--overwrite"),
+        (["import", "-", "--stock", "-"], "import"),
+        (["export", "-1"], "unknown option '-1'"),
+        (["export", "-a b"], "unknown option '-a b'"),
+        (["check", "-" + "x" * 5000], "unknown option '-xxx"),
+        (["check", "a", "two\nlines" * 500], "'two"),
     ],
 )
-def test_a_wrong_command_line_is_told_in_one_line_that_names_what_is_wrong(
-    tmp_path, arguments, words
-):
+def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(tmp_path, arguments, words):
     result = Server(tmp_path).run(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""
@@ -6469,7 +6483,7 @@ def test_a_file_without_the_header_line_is_refused(shop, mug, import_csv, text):
     assert rows_of(shop) == before
 
 
-def test_every_faulty_line_is_told_by_its_number_and_nothing_is_imported(shop, mug, import_csv):
+def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(shop, mug, import_csv):
     before = rows_of(shop)
     text = (
         "id,name,description,price,stock\n"
@@ -6484,17 +6498,16 @@ def test_every_faulty_line_is_told_by_its_number_and_nothing_is_imported(shop, m
         ",a,b\n"
         '"00",a,,1,1\n'
     )
-    no_product = "is no product, or stands in the file twice."
     assert import_csv(text) == refused(
-        f"line 7: id '7' {no_product}",
-        f"line 9: id '1' {no_product}",
-        f"line 10: id 'x' {no_product}",
+        "line 7: no product with id '7', or the id appears twice.",
+        "line 9: no product with id '1', or the id appears twice.",
+        "line 10: no product with id 'x', or the id appears twice.",
         "line 10: name must be 1 to 200 characters long, not 0.",
-        f"line 11: id '1_0' {no_product}",
+        "line 11: no product with id '1_0', or the id appears twice.",
         "line 12: price must be 0 to 1000000.",
         "line 12: stock must be an integer.",
         "line 13: there are 3 cells, the header has 5.",
-        f"line 14: id '00' {no_product}",
+        "line 14: no product with id '00', or the id appears twice.",
     )
     assert rows_of(shop) == before
 
