@@ -9,12 +9,12 @@ ENV PYTHONUNBUFFERED=1 \
 
 WORKDIR /app
 
-# Changes less often than the sources, so that these are built alone.
+# Requirements change less often than sources: their layer comes from the cache.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
 
 COPY . ./
-# Compiled here, since nothing can be written at run time. A new volume takes the owner of the folder it covers.
+# Compile now, because /app is read-only at run time. A new volume takes the owner of its mount point.
 RUN python -m compileall -q . && install -d -o 10001 -g 10001 /data /replica
 
 USER 10001:10001
