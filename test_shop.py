@@ -3626,6 +3626,13 @@ def test_every_example_of_the_readme_answers_as_the_readme_says(server):
         assert without_times(run_curl(server, command)) == without_times(output)
 
 
+def test_the_statement_that_the_readme_quotes_is_the_one_that_takes_stock():
+    readme = (HERE / "README.md").read_text()
+    quoted = re.search(r"^    UPDATE product\n(?:    .*\n)+", readme, re.M)[0]
+    source = (HERE / "db.py").read_text()
+    assert f'""" {" ".join(quoted.split())} """' in " ".join(source.split())
+
+
 def with_ids(path):
     """The path of a template of /openapi.json, every id being 1."""
     return re.sub(r"\{\w+\}", "1", path)
