@@ -3584,11 +3584,8 @@ def run_curl(server, command):
     method = None
     headers = {}
     body = None
-    shows_headers = False
     for word in words:
         match word:
-            case "-i":
-                shows_headers = True
             case "-X":
                 method = next(words)
             case "-H":
@@ -3604,23 +3601,16 @@ def run_curl(server, command):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        lines = []
-        if shows_headers:
-            lines.append(f"HTTP/1.1 {response.status} {response.reason}")
-            lines += [": ".join(header) for header in response.getheaders()]
-            lines.append("")
-        lines.append(response.read().decode())
-    return "\n".join(lines)
+        return connection.getresponse().read().decode()
 
 
 def test_every_example_of_the_readme_answers_as_the_readme_says(server):
     blocks = re.findall(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     examples = [example.partition("\n") for block in blocks for example in block.split("$ ")[1:]]
-    assert 12 <= len(examples) <= 17
+    assert 10 <= len(examples) <= 15
 
     def without_times(text):
-        return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z|Date: .*", "then", text)
+        return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z", "then", text)
 
     for command, _, output in examples:
         assert without_times(run_curl(server, command)) == without_times(output)
@@ -3646,7 +3636,7 @@ def test_the_readme_names_every_path_status_and_setting(shop):
             for method in operations:
                 assert f"`{method.upper()} {with_ids(path)}`" in readme
     for status in *document["components"]["responses"], "401", "409", "422":
-        assert re.search(rf"^\|.*\b{status}\b.*\|", readme, re.M), status
+        assert re.search(rf"^- .*\*\*{status}\*\*.*: ", readme, re.M), status
     example = (HERE / ".env.example").read_text()
     for name in setting_names():
         assert f"`{name}`" in readme
@@ -4000,12 +3990,10 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
     assert "VOLUME /data" in dockerfile
     assert "- data:/data" in web
     assert "- data:/data" in replica
-    assert "-v shop:/data shop" in readme
     assert "EXPOSE 8000" in dockerfile
     assert 'ports: ["${PUBLISH:-8000}:8000"]' in web
     assert "PUBLISH=127.0.0.1:8000" in readme
     assert "encode gzip" in readme
-    assert "-p 8000:8000" in readme
     for name, value in [
         ("DATABASE_URL", "sqlite:////data/db.sqlite3"),
         ("HOST", "0.0.0.0"),
