@@ -12,9 +12,9 @@ statement is in db.py, the tables are in schema.sql.
 A request from socket to SQL:
 
     1 Channel.handle_read          its bytes come in and are parsed
-    2 Loop.serve_batch             it is served with all that have come in meanwhile
+    2 Loop.take_turn               it is answered with all that have come in meanwhile
     3 Application.__call__         Bottle finds its route
-    4 Plugin.respond               it is authorized, read and validated
+    4 Plugin.apply                 it is authorized, read and validated
     5 create_order, for instance   its route: read, call, answer
     6 Store.create_order           SQL
 """
@@ -71,7 +71,6 @@ MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
 MAX_PARAMETERS = 20  # of a query
 TOO_LARGE = f"The body may have {MAX_BODY} bytes."
-RETRY_AFTER = "1"  # seconds
 
 
 # ---------------------------------------------------------------------------------------- schemas
@@ -437,7 +436,8 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
     response = bottle.response
     response.status = status
     response["Content-Type"] = JSON
-    response.headers.update(headers)
+    for name, text in headers.items():
+        response[name] = text
     if etag:
         response["ETag"] = f'"{etag}"'
     return value if isinstance(value, bytes) else to_json(value)
@@ -520,62 +520,53 @@ PHRASES = http.client.responses | {413: "Content Too Large", 422: "Unprocessable
 class Problem(bottle.HTTPResponse):
     """An error as problem details (RFC 9457): raise it anywhere in a request."""
 
-    def __init__(
-        self,
-        status: int,
-        detail: str,
-        kind: str | None = None,
-        headers: dict | None = None,
-        **members,
-    ):
+    def __init__(self, status: int, detail: str, kind: str = "", headers=None, **members):
         phrase = PHRASES.get(status, "Error")
         problem = {
             "type": f"urn:problem-type:{kind}" if kind else "about:blank",
-            "title": kind.replace("-", " ").capitalize() if kind else phrase,
+            "title": kind.replace("-", " ").capitalize() or phrase,
             "status": status,
             "detail": detail,
             **members,
         }
-        super().__init__(
-            to_json(problem),
-            f"{status} {phrase}",
-            {
-                "Content-Type": "application/problem+json",
-                "Cache-Control": "no-cache",
-                **(headers or {}),
-            },
-        )
+        sent = {"Content-Type": "application/problem+json", "Cache-Control": "no-cache"}
+        super().__init__(to_json(problem), f"{status} {phrase}", sent | (headers or {}))
 
 
-def unavailable(error) -> Problem:
-    return Problem(503, str(error), headers={"Retry-After": RETRY_AFTER})
+def unavailable(error: Exception) -> Problem:
+    return Problem(503, str(error), headers={"Retry-After": "1"})
 
 
-def invalid_body(errors: list) -> Problem:
-    return validation_problem(errors, lambda path: {"pointer": json_pointer(path)})
+Error = tuple[tuple, str]  # a path in a value, and a message that says what is right
 
 
-def invalid_query(errors: list) -> Problem:
-    return validation_problem(errors, lambda path: {"parameter": path[0]})
+class ValidationError(Exception):
+    """A body, or a query, breaks its schema."""
+
+    def __init__(self, errors: list[Error], *, is_query: bool = False):
+        super().__init__()
+        self.errors = errors
+        self.is_query = is_query
 
 
-def validation_problem(errors: list, locate: Callable[[tuple], dict]) -> Problem:
-    """The 422 for errors of validation, each a path and a message."""
+def validation_problem(error: ValidationError) -> Problem:
+    """The 422 that lists the errors, and counts them in its detail."""
+    errors = error.errors[:MAX_ERRORS]
     count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
-    if len(errors) > MAX_ERRORS:
-        errors = errors[:MAX_ERRORS]
+    if len(error.errors) > MAX_ERRORS:
         count = f"More than {MAX_ERRORS} errors"
     messages = [f"{field_name(path)} {message}" for path, message in errors]
-    more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-    return Problem(
-        422,
-        f"{count}: {'; '.join(messages[:3])}{more}.",
-        "validation",
-        errors=[
-            {**locate(path), "detail": f"{message}."}
-            for (path, _), message in zip(errors, messages, strict=True)
-        ],
-    )
+    more = f"; and {len(error.errors) - 3} more" if len(errors) > 3 else ""
+    items = [
+        {**locate(path, error.is_query), "detail": f"{message}."}
+        for (path, _), message in zip(errors, messages, strict=True)
+    ]
+    detail = f"{count}: {'; '.join(messages[:3])}{more}."
+    return Problem(422, detail, "validation", errors=items)
+
+
+def invalid_body(path: tuple, message: object) -> Problem:
+    return validation_problem(ValidationError([(path, str(message))]))
 
 
 def field_name(path: tuple) -> str:
@@ -586,41 +577,31 @@ def field_name(path: tuple) -> str:
     return path[-1]
 
 
-def json_pointer(path: tuple) -> str:
-    """RFC 6901, as the fragment of a URI."""
+def locate(path: tuple, is_query: bool) -> dict:
+    """The place of an error: the name of a query parameter, or a JSON pointer into the body."""
+    if is_query:
+        return {"parameter": path[0]}
     steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
-    return "#" + quote("".join("/" + step for step in steps), errors="replace")
+    return {"pointer": "#" + quote("".join("/" + step for step in steps), errors="replace")}
 
 
 def unknown_products(error: db.UnknownProducts) -> Problem:
-    return invalid_body(
-        [
-            (("products", position), f"names product {product_id}, which does not exist")
-            for position, product_id in error.lines.items()
-        ]
-    )
+    messages = {
+        ("products", position): f"names product {product_id}, which does not exist"
+        for position, product_id in error.lines.items()
+    }
+    return validation_problem(ValidationError(list(messages.items())))
 
 
 def precondition_failed(error: db.PreconditionFailed) -> Problem:
+    hint = "The resource has changed since you read it: fetch it again and retry."
     if_match = bottle.request.environ.get("HTTP_IF_MATCH", "")
     if re.fullmatch(r'[\s,]*(W/"[^"]*"[\s,]*)+', if_match):
-        return Problem(
-            412,
+        hint = (
             "If-Match holds only weak tags, which never match: send the ETag without W/, "
-            "or fetch the resource without compression.",
+            "or fetch the resource without compression."
         )
-    return Problem(412, "The resource has changed since you read it: fetch it again and retry.")
-
-
-Error = tuple[tuple, str]  # a path in a value, and a message that says what is right
-
-
-class ValidationError(Exception):
-    """A value breaks its schema."""
-
-    def __init__(self, errors: list[Error]):
-        super().__init__()
-        self.errors = errors
+    return Problem(412, hint)
 
 
 # The one place where an exception becomes a response: by its class, or else by a base of it.
@@ -636,10 +617,12 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
         "This Idempotency-Key belongs to another request: use a new one.",
         "idempotency-key-reused",
     ),
-    db.ExcessiveStock: lambda error: invalid_body([(("change",), str(error))]),
+    db.ExcessiveStock: lambda error: invalid_body(("change",), error),
     db.UnknownProducts: unknown_products,
-    ValidationError: lambda error: invalid_body(error.errors),
-    db.UnknownPlace: lambda error: invalid_query([(("after",), str(error))]),
+    db.UnknownPlace: lambda error: validation_problem(
+        ValidationError([(("after",), str(error))], is_query=True)
+    ),
+    ValidationError: validation_problem,
     db.DatabaseUnavailable: unavailable,
 }
 
@@ -729,65 +712,65 @@ class Plugin:
         """Run a route and store its response with its work; a repeat gets that response again."""
         key = read_key(environ["HTTP_IDEMPOTENCY_KEY"])
         digest = fingerprint(environ, raw)
-        headers = bottle.response.headers
+        response = bottle.response
         with self.store.transaction():
             stored = self.store.get_idempotent(key, digest)
             if stored is None:
                 body = action()
-                location, etag = headers.get("Location"), headers.get("ETag")
-                result = [bottle.response.status_code, location, body.decode(), etag]
+                location = response.get_header("Location")
+                result = [
+                    response.status_code,
+                    location,
+                    body.decode(),
+                    response.get_header("ETag"),
+                ]
                 self.store.save_idempotent(key, digest, result)
                 return body
-        status, location, text, *etags = stored  # keys from before version 2 have no ETag
-        body = json_response(text.encode(), status)
-        for name, value in ("Location", location), ("ETag", "".join(filter(None, etags))):
-            if value:
-                headers[name] = value
-        headers["Idempotent-Replayed"] = "true"
-        return body
+        status, location, text, *etag = stored  # keys from before version 2 have no ETag
+        sent = {"Location": location, "ETag": etag and etag[0], "Idempotent-Replayed": "true"}
+        sent = {name: value for name, value in sent.items() if value}
+        return json_response(text.encode(), status, **sent)
 
 
 def authorize(environ: dict, tokens: list[str]) -> None:
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     sent = token.strip().encode()
-    known = [hmac.compare_digest(sent, valid.encode()) for valid in tokens]
-    if scheme.lower() != "bearer" or not any(known):
-        raise Problem(
-            401,
-            "A token is needed: Authorization: Bearer <token>",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+    is_valid = [hmac.compare_digest(sent, valid.encode()) for valid in tokens]
+    if scheme.lower() != "bearer" or not any(is_valid):
+        hint = "A token is needed: Authorization: Bearer <token>"
+        raise Problem(401, hint, headers={"WWW-Authenticate": "Bearer"})
 
 
 def read_query(environ: dict, schema: dict, validator: "Validator") -> dict:
-    """The query parameters, validated. Raises a Problem."""
-    pairs = environ.get("QUERY_STRING", "").split("&")
+    """The query parameters as the routes work with them. Raises ValidationError."""
     query: dict[str, Any] = {}
     errors: list[Error] = []
-    if len(pairs) > MAX_PARAMETERS:
-        excess = pairs[MAX_PARAMETERS].partition("=")[0]
-        errors.append(((excess,), f"is one too many: a query may have {MAX_PARAMETERS} parameters"))
+    if not environ.get("QUERY_STRING"):
+        return query  # no parameter is required
+    pairs = environ["QUERY_STRING"].split("&")
+    for pair in pairs[MAX_PARAMETERS : MAX_PARAMETERS + 1]:
+        message = f"is one too many: a query may have {MAX_PARAMETERS} parameters"
+        errors.append(((pair.partition("=")[0],), message))
     text = "&".join(pairs[:MAX_PARAMETERS])
     for pair in parse_qsl(text, keep_blank_values=True, encoding="latin-1"):
-        name, value = (part.encode("latin-1", "replace") for part in pair)
-        read_parameter(name, value, schema, query, errors)
+        # A WSGI server hands bytes on as latin-1. Invalid UTF-8 fails validation as a surrogate.
+        raw = (part.encode("latin-1", "replace") for part in pair)
+        name, value = (part.decode("utf-8", "surrogateescape") for part in raw)
+        if name in query:
+            errors.append(((name,), "is given twice"))
+        query[name] = parse_parameter(value, schema["properties"].get(name, {}).get("type"))
     query = validator(query, (), errors)
     if errors:
-        raise invalid_query(errors)
+        raise ValidationError(errors, is_query=True)
     return query
 
 
-def read_parameter(raw_name: bytes, raw: bytes, schema: dict, query: dict, errors: list) -> None:
-    name = raw_name.decode("utf-8", "surrogateescape")
-    value: Any = raw.decode("utf-8", "surrogateescape")
-    if name in query:
-        errors.append(((name,), "is given twice"))
-    kind = schema["properties"].get(name, schema)["type"]
-    if kind == "integer" and value.isascii() and value.isdigit():
-        value = Decimal(value)
-    elif kind == "boolean" and value in ("true", "false"):
-        value = value == "true"
-    query[name] = value
+def parse_parameter(text: str, kind: str | None) -> Any:
+    if kind == "integer" and text.isascii() and text.isdigit():
+        return Decimal(text)
+    if kind == "boolean" and text in ("true", "false"):
+        return text == "true"
+    return text
 
 
 def read_if_match(environ: dict) -> db.Precondition:
@@ -815,13 +798,9 @@ def matches(header: str, etag: str, *, weak: bool = False) -> bool:
 
 def read_key(header: str) -> str:
     if not re.fullmatch(KEY["pattern"], header):
-        raise Problem(
-            400,
-            "Idempotency-Key must be 1 to 255 visible ASCII characters, bare or in double quotes.",
-        )
-    if header.startswith('"'):
-        return re.sub(r"\\(.)", r"\1", header[1:-1])
-    return header
+        rule = "1 to 255 visible ASCII characters, bare or in double quotes"
+        raise Problem(400, f"Idempotency-Key must be {rule}.")
+    return re.sub(r"\\(.)", r"\1", header[1:-1]) if header.startswith('"') else header
 
 
 def fingerprint(environ: dict, raw: bytes) -> str:
@@ -893,8 +872,7 @@ def refuse_constant(name: str):
 def reject_duplicate_keys(pairs: list) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in fields if names.count(name) > 1)
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f'duplicate key "{twice}"')
     return fields
 
@@ -906,12 +884,8 @@ def parse_int(text: str) -> int | Decimal:
 def parse_decimal(text: str) -> Decimal:
     try:
         return Decimal(text)
-    except decimal.InvalidOperation:
-        # An exponent of twenty digits: more, or finer, than any schema allows; or of a zero.
-        mantissa, _, exponent = text.lower().partition("e")
-        if not mantissa.strip("-0."):
-            return Decimal(0)
-        return Decimal("0.001" if exponent.startswith("-") else "Infinity")
+    except decimal.InvalidOperation:  # an exponent of twenty digits
+        return Decimal("Infinity")  # outside of every schema's range
 
 
 json_decode = json.JSONDecoder(
@@ -1761,16 +1735,13 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]
 TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[01]\r\n")
 FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
-BLANKS = re.compile(rb"(\r\n%b+:)[ \t]+" % TOKEN)
+BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
 CODING = re.compile(rb"\r\nTransfer-Encoding:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 # What waitress would skip, or wait behind: no method at the start, a bare CR or LF.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
 CLOSE = b"Connection: close\r\n"
-REFUSALS = {
-    413: TOO_LARGE,
-    431: f"The headers may have {MAX_HEADER} bytes.",
-}
+REFUSALS = {413: TOO_LARGE, 431: f"The headers may have {MAX_HEADER} bytes."}
 
 
 class Response(NamedTuple):
@@ -1866,9 +1837,7 @@ class Task(waitress.task.WSGITask):
 
 
 class Channel(waitress.channel.HTTPChannel):
-    """A connection. Before it is closed it is closed for writing only: a reset would take the
-    response from a client that still sends (RFC 9112, 9.6).
-    """
+    """A connection."""
 
     parser_class = Request
     task_class = error_task_class = Task
@@ -1910,18 +1879,18 @@ class Channel(waitress.channel.HTTPChannel):
         self.handle_close()  # poll would report urgent data, no part of HTTP, without end
 
     def linger(self):
+        # A reset would take the response from a client that still sends (RFC 9112, 9.6).
         self.lingering_until = time.monotonic() + LINGER_TIMEOUT
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def check_timeout(self, now):
+    def is_late(self, now):
         self.active_at = self.active_at or now
-        end = self.lingering_until or self.active_at + IDLE_TIMEOUT
+        if self.requests and not self.total_outbufs_len:
+            return False  # it waits for the write lock, or for a slow read
         if self.request and (self.request.headers_finished or self.request.header_plus.strip()):
-            end = self.request.began_at + REQUEST_TIMEOUT
-        is_waiting = self.requests and not self.total_outbufs_len  # for the lock, or a slow read
-        if end < now and not is_waiting:
-            self.handle_close()
+            return self.request.began_at < now - REQUEST_TIMEOUT
+        return (self.lingering_until or self.active_at + IDLE_TIMEOUT) < now
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -1936,9 +1905,6 @@ class Server(waitress.server.TcpWSGIServer):
             before = len(self.active_channels)
             super().handle_accept()
 
-    def pull_trigger(self):
-        """Do nothing: it would wake the loop, which is the one that responds."""
-
 
 class Loop:
     """Serves an application until a signal ends it: waitress's loop and task dispatcher in one."""
@@ -1952,6 +1918,7 @@ class Loop:
         self.cache: dict[bytes, Response] = {}  # by the bytes of the request
         self.cache_size = 0  # bytes
         self.cache_version: object = None  # of the data
+        self.slow_reads: list[Any] = []  # for the thread, once the turn is over
         self.is_locked = False  # by another process, and writes wait
         self.stopped_at = 0.0
         self.next_check = 0.0  # of timeouts
@@ -1969,7 +1936,7 @@ class Loop:
             inbuf_overflow=UNLIMITED,
             outbuf_overflow=UNLIMITED,
             outbuf_high_watermark=UNLIMITED,  # above it waitress blocks the thread: here the loop
-            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see check_timeout()
+            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see is_late()
             log_socket_errors=False,
         )
         self.servers = [
@@ -1977,8 +1944,8 @@ class Loop:
             for sockinfo in adj.listen
         ]
         waitress.task.queue_logger.disabled = True  # it warns of each slow read that waits
-        self.slow_reads = waitress.task.ThreadedTaskDispatcher()
-        self.slow_reads.set_thread_count(1)
+        self.thread = waitress.task.ThreadedTaskDispatcher()
+        self.thread.set_thread_count(1)
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, self.stop)
 
@@ -1996,10 +1963,14 @@ class Loop:
             if self.is_locked or self.stopped_at:
                 pause = 0.01
             waitress.wasyncore.poll2(pause, self.map)
+            count = 0
+            while count < len(self.ready) and self.ready[-1].requests[0].is_write:
+                count = len(self.ready)  # what comes while the first are read shares their commit
+                waitress.wasyncore.poll2(0, self.map)
             self.take_turn()
-            self.check_timeouts()
+            self.close_late_channels()
             self.expire_orders()
-        self.slow_reads.shutdown(cancel_pending=False, timeout=1)
+        self.thread.shutdown(cancel_pending=False, timeout=1)
         waitress.wasyncore.close_all(self.map)
 
     def take_turn(self) -> None:
@@ -2015,9 +1986,14 @@ class Loop:
         now = time.time()
         self.date = f"Date: {build_http_date(now)}\r\n".encode()
         try:
-            self.refresh_cache()
+            version = self.store.data_version()
+            if version is None or version != self.cache_version or self.cache_size > MAX_CACHE:
+                self.cache = {}  # not cleared: a slow read may yet add to the old one
+                self.cache_size = 0
+                self.cache_version = version
             self.compute([channel for channel in channels if not channel.requests[0].response])
         except Exception as error:
+            self.slow_reads.clear()
             problem = problem_for(error)
             for channel in channels:
                 channel.requests[0].refuse(problem)
@@ -2027,15 +2003,10 @@ class Loop:
             if request.response:
                 lines.append(access_line(now, channel, request, request.response))
                 channel.service()
+        while self.slow_reads:
+            self.thread.add_task(self.slow_reads.pop(0))
         if self.has_log:
             write_log("".join(lines))
-
-    def refresh_cache(self) -> None:
-        version = self.store.data_version()
-        if version is None or version != self.cache_version or self.cache_size > MAX_CACHE:
-            self.cache = {}  # not cleared: a slow read may yet add to the old one
-            self.cache_size = 0
-            self.cache_version = version
 
     def compute(self, channels: list[Channel]) -> None:
         """Compute the response to the first request of each channel; all writes share a commit."""
@@ -2048,6 +2019,7 @@ class Loop:
             return
         except db.DatabaseUnavailable as error:
             failure = error
+        self.slow_reads.clear()
         is_final = writes == 1 or isinstance(failure, db.OutcomeUnknown)
         is_busy = isinstance(failure, db.DatabaseBusy) and not self.stopped_at
         for channel in channels:
@@ -2073,9 +2045,9 @@ class Loop:
             request.refuse()
             return
         environ = Task(channel, request).get_environment()
-        if self.app.is_slow(environ):
+        if not request.is_write and self.app.is_slow(environ):
             read = functools.partial(self.read_slowly, channel, environ, self.cache)
-            self.slow_reads.add_task(types.SimpleNamespace(service=read))
+            self.slow_reads.append(types.SimpleNamespace(service=read))
         else:
             self.call_app(request, environ, self.cache)
 
@@ -2085,7 +2057,7 @@ class Loop:
         if channel.connected and not request.response:
             self.call_app(request, environ, cache)
         self.ready.append(channel)
-        channel.server.trigger.pull_trigger()
+        channel.server.pull_trigger()
 
     def call_app(self, request: Request, environ: dict, cache: dict) -> None:
         started: list = []
@@ -2101,12 +2073,12 @@ class Loop:
             cache[request.raw] = response
             self.cache_size += len(request.raw) + len(response.head) + len(body)
 
-    def check_timeouts(self) -> None:
+    def close_late_channels(self) -> None:
         now = time.monotonic()
         if now > self.next_check:
             self.next_check = now + 1
-            for channel in self.channels():
-                channel.check_timeout(now)
+            for channel in filter(lambda channel: channel.is_late(now), self.channels()):
+                channel.handle_close()
 
     def expire_orders(self) -> None:
         """Cancel orders that have waited too long, a few each turn."""
@@ -2121,7 +2093,7 @@ class Loop:
         if self.stopped_at:
             os._exit(128 + number)
         self.stopped_at = time.monotonic()
-        self.servers[0].trigger.pull_trigger()
+        self.servers[0].pull_trigger()
 
     def drain(self) -> bool:
         """Take no more requests; return whether some are under way, and there is time for them."""

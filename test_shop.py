@@ -4848,6 +4848,20 @@ def test_half_a_request_is_freed_with_its_connection(tmp_path, is_reset):
     server.assert_ends_well()
 
 
+def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, database):
+    server = Server(tmp_path).start(FAULTY_PROGRAM)
+    server.product(stock=9)
+    with server.connect() as reader, server.connect() as buyer, server.connect() as other:
+        with in_one_batch(server, database):
+            buyer.sendall(closing(order_request(3)))
+            other.sendall(closing(order_request(2)))
+            reader.sendall(GET_PRODUCTS + GET_HEALTH)
+        assert [response.status for response in read_responses(buyer)] == [500]
+        assert [response.status for response in read_responses(other)] == [201]
+        assert [response.status for response in read_responses(reader)] == [200, 200]
+    assert server.end()[0] == 0
+
+
 def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
     server = Server(tmp_path).start(SLOW_LISTS)
     server.product()
