@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
+MAX_TOTAL = 10**15  # cents, of an order
+MAX_METADATA = 50  # entries
 MAX_ID = 10**18 - 1  # the greatest that a request may name
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
@@ -85,14 +87,33 @@ class ExcessiveStock(Exception):
         )
 
 
+class ExcessiveTotal(Exception):
+    """An order would cost more than MAX_TOTAL."""
+
+    def __init__(self) -> None:
+        super().__init__(f"make a total over {MAX_TOTAL // 100}")
+
+
+class ExcessiveMetadata(Exception):
+    """A product or an order would have more than MAX_METADATA entries of metadata."""
+
+    def __init__(self, entries: int):
+        super().__init__(f"must have at most {MAX_METADATA} entries, not {entries}")
+
+
+class DuplicateSku(Exception):
+    """Another product, `product_id`, already has the sku."""
+
+    def __init__(self, product_id: int, sku: str):
+        super().__init__(f"Product {product_id} already has the sku '{sku}'.")
+        self.product_id = product_id
+
+
 class InvalidTransition(Exception):
     """The status of an order cannot change in this way."""
 
     def __init__(self, order_id: int, status: str, requested: str):
-        super().__init__(
-            f"Order {order_id} is {status} and cannot become {requested}: "
-            "only a pending order changes."
-        )
+        super().__init__(f"Order {order_id} is {status} and cannot become {requested}.")
 
 
 class PreconditionFailed(Exception):
@@ -569,13 +590,14 @@ class Store(Database):
     def list_products(self, **query: Any) -> tuple[list[dict], int | None]:
         """The products, all of them or a page, and the id to continue after, or None.
 
-        q: only products with each of these words in name or description, in any order, ignoring
-        case and accents. available: only those with stock (True) or without (False). sort: a key
-        of PRODUCT_ORDERS. after, limit: the page. All are optional. Raises UnknownPlace.
+        q: only products with each of these words in name or description, in any order, compared
+        as fold() says. sku: only the product with this one, or all without one (""). available:
+        only those with stock (True) or without (False). sort: a key of PRODUCT_ORDERS. after,
+        limit: the page. All are optional. Raises UnknownPlace.
         """
         sql, parameters = self._select_products(PRODUCT_COLUMNS, **query)
         rows, next_after = cut_page(self._read(sql, parameters), query.get("limit"))
-        return [dict(row) for row in rows], next_after
+        return [decode(row) for row in rows], next_after
 
     def list_products_json(self, **query: Any) -> tuple[str, int | None]:
         """The same as the text of JSON objects joined by commas, with prices as decimals.
@@ -594,6 +616,7 @@ class Store(Database):
         columns: str,
         *,
         q: str | None = None,
+        sku: str | None = None,
         available: bool | None = None,
         sort: str = "id",
         after: int = 0,
@@ -604,13 +627,20 @@ class Store(Database):
         conditions = []
         if available is not None:
             conditions.append("(stock > 0) = :available")
+        if sku is not None:
+            conditions.append("sku = :sku")
+        if sku:
+            conditions.append("sku <> ''")  # lets SQLite use the partial index
         if words:
-            conditions.append("instr(words, :longest_word)")  # most likely the rarest
+            conditions.append(HAS_LONGEST_WORD)
         if len(words) > 1:
             conditions.append(HAS_OTHER_WORDS)
         by_name = sort.endswith("name")
-        source = SEARCHED_PRODUCTS if words or by_name else " FROM product"
+        source = " FROM product"
+        if words or by_name:
+            source = FOUND_PRODUCT if sku else SEARCHED_PRODUCTS
         parameters: dict[str, Any] = {
+            "sku": sku,
             "longest_word": words.pop() if words else None,
             "other_words": json.dumps(words),
             "available": available,
@@ -621,7 +651,7 @@ class Store(Database):
             rows = self._read(SELECT_PRODUCT, {"id": after})
             if not rows:
                 raise UnknownPlace(after)
-            parameters["value"] = rows[0]["name"].casefold() if by_name else rows[0]["price"]
+            parameters["value"] = fold(rows[0]["name"]) if by_name else rows[0]["price"]
         select = "SELECT " + columns + source
         return select_page(select, conditions, PRODUCT_ORDERS[sort], after), parameters
 
@@ -633,21 +663,24 @@ class Store(Database):
     def create_product(self, **fields: Any) -> dict:
         """Add a product and return it.
 
-        fields: name and price in cents; optionally description and stock in pieces.
+        fields: name and price in cents; optionally description, stock in pieces, sku and
+        metadata, a dict of texts. Raises DuplicateSku, ExcessiveMetadata.
         """
         with self.transaction() as connection:
-            return self._save_product(connection, {**PRODUCT_DEFAULTS, **fields})
+            return self._save_product(connection, merge(PRODUCT_DEFAULTS, fields))
 
     def update_product(
         self, product_id: int, *, if_match: Precondition = None, **fields: Any
     ) -> dict:
         """Set the given fields (see create_product) and return the product.
 
-        if_match: a condition on the etag() of the row. Raises NotFound, PreconditionFailed.
+        metadata is merged: None removes an entry, and entries that are not given stay. if_match: a
+        condition on the etag() of the row. Raises NotFound, PreconditionFailed, DuplicateSku,
+        ExcessiveMetadata.
         """
         with self.transaction() as connection:
             product = self._lock_product(connection, product_id, if_match)
-            return self._save_product(connection, {**product, **fields}, product)
+            return self._save_product(connection, merge(product, fields), product)
 
     def update_stock(
         self, product_id: int, change: int, note: str = "", *, if_match: Precondition = None
@@ -682,7 +715,7 @@ class Store(Database):
         return [dict(row) for row in movements], next_after
 
     def delete_product(self, product_id: int, *, if_match: Precondition = None) -> None:
-        """Delete a product; order lines keep their copies of its name and price.
+        """Delete a product; order lines keep their copies of its name, price and sku.
 
         if_match: as in update_product. Raises NotFound, PreconditionFailed.
         """
@@ -709,17 +742,28 @@ class Store(Database):
         """Write a product and return it.
 
         product: with id None, a new one. before: its row before the change. note: why its stock
-        changes.
+        changes. Raises DuplicateSku.
         """
+        if before is None or product["sku"] != before["sku"]:
+            other = self._find_sku(connection, product["sku"])
+            if other is not None:
+                raise DuplicateSku(other, product["sku"])
         statement = SAVE_PRODUCT + " RETURNING " + PRODUCT_COLUMNS
-        [row] = connection.execute(statement, product).fetchall()
+        [row] = connection.execute(statement, encode(product)).fetchall()
         texts = ("name", "description")
         if before is None or any(row[name] != before[name] for name in texts):
             connection.execute(SAVE_SEARCH, search_row(row))
         change = row["stock"] - (before["stock"] if before else 0)
         if change:
             self._record_movement(connection, row["id"], change, note=note)
-        return dict(row)
+        return decode(row)
+
+    @staticmethod
+    def _find_sku(connection: sqlite3.Connection, sku: str) -> int | None:
+        """The id of the product with this sku, if there is one."""
+        sql = "SELECT id FROM product WHERE sku = :sku AND sku <> ''"
+        row = connection.execute(sql, {"sku": sku}).fetchone()
+        return row["id"] if row else None
 
     @staticmethod
     def _record_movement(
@@ -731,76 +775,74 @@ class Store(Database):
         note: str = "",
     ) -> None:
         """Add the latest change of a product's stock to the ledger."""
-        [(movement_id, stock)] = connection.execute(
-            """
-            UPDATE product
-               SET movements = movements + 1
-             WHERE id = :id
-            RETURNING movements, stock
-            """,
-            {"id": product_id},
-        ).fetchall()
+        movement = {"id": product_id, "change": change, "order_id": order_id, "note": note}
+        connection.execute("UPDATE product SET movements = movements + 1 WHERE id = :id", movement)
         connection.execute(
             """
             INSERT INTO movement (product_id, id, change, stock, order_id, note, created_at)
-            VALUES (:product_id, :id, :change, :stock, :order_id, :note, :created_at)
+            SELECT id, movements, :change, stock, :order_id, :note, :now
+              FROM product
+             WHERE id = :id
             """,
-            {
-                "product_id": product_id,
-                "id": movement_id,
-                "change": change,
-                "stock": stock,
-                "order_id": order_id,
-                "note": note,
-                "created_at": timestamp(),
-            },
+            {**movement, "now": timestamp()},
         )
 
     # --- spreadsheets
 
     def export_products(self) -> Iterator[dict]:
         """Every product by id, with its price in cents, from one consistent read."""
+        yield from map(decode, self._stream(SELECT_PRODUCTS + " ORDER BY id"))
+
+    def export_order_lines(self, first_day: str | None, last_day: str | None) -> Iterator[dict]:
+        """Every line of the orders created in this time, by order, from one consistent read.
+
+        first_day, last_day: UTC, as 2026-11-30, both included; None leaves that side open.
+        """
+        days = {"first": first_day, "end": last_day and last_day + "T23:59:59Z"}
+        yield from map(dict, self._stream(SELECT_EXPORTED_LINES, days))
+
+    def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
+        """The rows of a query as they are read, through a connection of its own."""
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             with contextlib.closing(self._connect(mode)) as reader:
-                yield from map(dict, reader.execute(SELECT_PRODUCTS + " ORDER BY id"))
+                yield from reader.execute(sql, parameters)
         except sqlite3.Error as error:
             raise translate_error(error) from error
 
     def import_products(self, rows: Iterable[dict]) -> tuple[int, int]:
         """Add and change products in one transaction; return how many were added and changed.
 
-        rows: fields as in create_product. A row with an id changes those fields of that product.
-        Raises NotFound, and then nothing has changed.
+        rows: fields as in create_product. A row with the id of a product, or without an id but
+        with the sku of one, changes these fields of it as update_product does; a product that has
+        these values already is neither written nor counted. No two rows may have one new sku.
+        Raises NotFound, DuplicateSku, ExcessiveMetadata, and then nothing has changed.
         """
         new = []
         changed = 0
         with self.transaction() as connection:
             for row in rows:
-                if row.get("id") is None:
-                    new.append(row)
+                product_id = row.get("id")
+                if product_id is None:
+                    product_id = self._find_sku(connection, row.get("sku", ""))
+                if product_id is None:
+                    new.append(merge(PRODUCT_DEFAULTS, row))
                     continue
-                product = self._lock_product(connection, row["id"], None)
-                self._save_product(connection, {**product, **row}, product, "import")
-                changed += 1
-            self._insert_products(connection, new)
+                before = self._lock_product(connection, product_id, None)
+                product = merge(before, {**row, "id": product_id})
+                if product != before:
+                    self._save_product(connection, product, before, "import")
+                    changed += 1
+            # All new ones at once, in a quarter of the time that _save_product takes for each.
+            [(last,)] = connection.execute("""
+                SELECT coalesce(max(seq), 0)
+                  FROM sqlite_sequence
+                 WHERE name = 'product'
+            """).fetchall()
+            connection.executemany(SAVE_PRODUCT, map(encode, new))
+            fill_search(connection, after=last)
+            open_balances(connection, after=last, note="import")
         return len(new), changed
-
-    @staticmethod
-    def _insert_products(connection: sqlite3.Connection, rows: list[dict]) -> None:
-        """Add many products, in a quarter of the time that _save_product takes for each."""
-        [(last,)] = connection.execute("""
-            SELECT coalesce(max(seq), 0)
-              FROM sqlite_sequence
-             WHERE name = 'product'
-        """).fetchall()
-        products = [
-            {**PRODUCT_DEFAULTS, **row, "id": product_id}
-            for product_id, row in enumerate(rows, last + 1)
-        ]
-        connection.executemany(SAVE_PRODUCT, products)
-        connection.executemany(SAVE_SEARCH, map(search_row, products))
-        open_balances(connection, after=last, note="import")
 
     # --- orders
 
@@ -828,7 +870,8 @@ class Store(Database):
             select_page(SELECT_ORDERS, conditions, ID_ORDERS[sort], after),
             {"status": status, "reference": reference, "after": after, "limit": limit + 1},
         )
-        orders, next_after = cut_page(rows, limit)
+        page, next_after = cut_page(rows, limit)
+        orders = [decode(row) for row in page]
         # Lines never change, so it does not matter that a second statement reads them.
         return with_lines(orders, self._read(SELECT_LINES, ids_of(orders))), next_after
 
@@ -837,46 +880,44 @@ class Store(Database):
         order = only_row("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
         return with_lines([order], self._read(SELECT_LINES, ids_of([order])))[0]
 
-    def create_order(self, products: list[dict], reference: str = "") -> dict:
+    def create_order(
+        self, products: list[dict], reference: str = "", metadata: dict | None = None
+    ) -> dict:
         """Deduct the stock of every line, or of none, and return the new, pending order.
 
         products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
-        once. reference: the caller's own text. Raises UnknownProducts, InsufficientStock with
-        every short line, ValueError if there are no lines or a product appears twice.
+        once. reference: the caller's own text. metadata: the caller's own dict of texts. Raises
+        UnknownProducts, InsufficientStock with every short line, ExcessiveTotal,
+        ExcessiveMetadata, ValueError if there are no lines or a product appears twice.
         """
         if not products:
             raise ValueError("An order needs at least one line.")
+        given = merge({"reference": reference, "metadata": {}}, {"metadata": metadata or {}})
         with self.transaction() as connection:
-            taken = self._take_stock(connection, products)
-            lines = [
-                {"product_id": product_id, "name": name, "price": price, "quantity": quantity}
-                for product_id, _, name, price, quantity, *_ in taken
-            ]
-            order = {
-                "total": sum(line["price"] * line["quantity"] for line in lines),
-                "created_at": timestamp(),
-                "reference": reference,
-            }
+            total, taken = self._take_stock(connection, products)
+            order = {"total": total, "created_at": timestamp(), **given}
             order_id = connection.execute(
                 """
-                INSERT INTO orders (total, created_at, reference)
-                VALUES (:total, :created_at, :reference)
+                INSERT INTO orders (total, created_at, reference, metadata)
+                VALUES (:total, :created_at, :reference, :metadata)
                 """,
-                order,
+                encode(order),
             ).lastrowid
             connection.executemany(
                 """
-                INSERT INTO order_line (order_id, product_id, position, name, price, quantity,
-                                        stock, movement_id)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+                INSERT INTO order_line (order_id, product_id, name, price, quantity, sku,
+                                        position, stock, movement_id)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [(order_id, *line) for line in taken],
             )
+        lines = [dict(zip(LINE_COLUMNS, line, strict=False)) for line in taken]
         return {"id": order_id, "status": "pending", **order, "lines": lines}
 
     @staticmethod
-    def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> list[tuple]:
-        """Deduct the stock of every line; return the columns of order_line after order_id."""
+    def _take_stock(connection: sqlite3.Connection, products: list[dict]) -> tuple[int, list]:
+        """Deduct the stock of every line; return the total and the rows of order_line."""
+        total = 0
         taken = []
         unknown = {}
         shortages = []
@@ -885,7 +926,7 @@ class Store(Database):
             quantity = line["quantity"]
             product = connection.execute(
                 """
-                SELECT name, price, stock, movements
+                SELECT name, price, stock, movements, sku
                   FROM product
                  WHERE id = :product_id
                 """,
@@ -894,17 +935,20 @@ class Store(Database):
             if product is None:
                 unknown[position] = product_id
                 continue
-            name, price, stock, movements = product
+            name, price, stock, movements, sku = product
             if stock < quantity:
                 shortages.append(shortage(product_id, quantity, stock))
                 continue
+            total += price * quantity
             taken.append(
-                (product_id, position, name, price, quantity, stock - quantity, movements + 1)
+                (product_id, name, price, quantity, sku, position, stock - quantity, movements + 1)
             )
         if unknown:
             raise UnknownProducts(unknown)
         if shortages:
             raise InsufficientStock(shortages)
+        if total > MAX_TOTAL:
+            raise ExcessiveTotal
         # The check above only explains a shortage: this statement both checks and deducts.
         changed = connection.executemany(
             """
@@ -916,25 +960,36 @@ class Store(Database):
         ).rowcount
         if changed != len(products):
             raise ValueError("An order names each product once.")
-        return taken
+        return total, taken
 
-    def update_order(self, order_id: int, status: str, *, if_match: Precondition = None) -> dict:
-        """Complete or cancel a pending order and return it.
+    def update_order(self, order_id: int, *, if_match: Precondition = None, **fields: Any) -> dict:
+        """Set any of status, reference and metadata of an order and return it.
 
-        Cancelling puts the stock back, up to MAX_STOCK, if the product still exists. The status
-        that the order already has changes nothing. if_match: a condition on the etag() of the
-        order's row. Raises NotFound, PreconditionFailed, InvalidTransition.
+        status: "completed" or "cancelled", as TRANSITIONS says; the one that the order already has
+        changes nothing. Cancelling puts the stock back, up to MAX_STOCK, if the product still
+        exists. metadata is merged as a product's. if_match: a condition on the etag() of the
+        order's row. Raises NotFound, PreconditionFailed, InvalidTransition, ExcessiveMetadata.
         """
         with self.transaction() as connection:
             rows = connection.execute(SELECT_ORDER, {"id": order_id}).fetchall()
-            order = only_row("order", order_id, rows)
-            check_precondition(order, if_match)
-            if order["status"] not in ("pending", status):
-                raise InvalidTransition(order_id, order["status"], status)
-            if order["status"] != status:
-                self._set_status(connection, order_id, status)
+            before = only_row("order", order_id, rows)
+            check_precondition(before, if_match)
+            order = merge(before, fields)
+            if order["status"] not in (before["status"], *TRANSITIONS[before["status"]]):
+                raise InvalidTransition(order_id, before["status"], order["status"])
+            if order != before:
+                connection.execute(
+                    """
+                    UPDATE orders
+                       SET status = :status, reference = :reference, metadata = :metadata
+                     WHERE id = :id
+                    """,
+                    encode(order),
+                )
+            if order["status"] != before["status"] and order["status"] == "cancelled":
+                self._put_stock_back(connection, order_id)
             lines = connection.execute(SELECT_LINES, ids_of([order])).fetchall()
-        return with_lines([{**order, "status": status}], lines)[0]
+        return with_lines([order], lines)[0]
 
     def expire_orders(self, minutes: float, *, limit: int = 4) -> int:
         """Cancel at most `limit` pending orders older than this many minutes; return how many.
@@ -944,25 +999,14 @@ class Store(Database):
         with self.transaction() as connection:
             expired = {"due": timestamp(minutes * 60), "limit": limit}
             due = connection.execute(SELECT_EXPIRED, expired).fetchall()
-            for order in due:
-                self._set_status(connection, order["id"], "cancelled")
+            connection.executemany("UPDATE orders SET status = 'cancelled' WHERE id = ?", due)
+            for (order_id,) in due:
+                self._put_stock_back(connection, order_id)
         return len(due)
 
     def has_expired_orders(self, minutes: float) -> bool:
         """Whether expire_orders() would cancel any; this needs no write lock."""
         return bool(self._read(SELECT_EXPIRED, {"due": timestamp(minutes * 60), "limit": 1}))
-
-    def _set_status(self, connection: sqlite3.Connection, order_id: int, status: str) -> None:
-        connection.execute(
-            """
-            UPDATE orders
-               SET status = :status
-             WHERE id = :id
-            """,
-            {"id": order_id, "status": status},
-        )
-        if status == "cancelled":
-            self._put_stock_back(connection, order_id)
 
     def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
         """Put back what an order took, if the product still exists and up to MAX_STOCK."""
@@ -976,14 +1020,8 @@ class Store(Database):
         ).fetchall()
         for product_id, change in lines:
             if change:
-                connection.execute(
-                    """
-                    UPDATE product
-                       SET stock = stock + :change
-                     WHERE id = :id
-                    """,
-                    {"id": product_id, "change": change},
-                )
+                given_back = (change, product_id)
+                connection.execute("UPDATE product SET stock = stock + ? WHERE id = ?", given_back)
                 self._record_movement(connection, product_id, change, order_id=order_id)
 
     # --- idempotency keys
@@ -1045,23 +1083,24 @@ class Store(Database):
 
 # ------------------------------------------------------------------------------------ statements
 
-PRODUCT_COLUMNS = "id, name, description, price, stock"
+PRODUCT_COLUMNS = "id, name, description, price, stock, sku, metadata"
 PRODUCT_JSON = """
     id, json_object('id', id, 'name', name, 'description', description, 'price', price / 100.0,
-                    'stock', stock) AS json
+                    'stock', stock, 'sku', sku, 'metadata', json(metadata)) AS json
 """
 SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
 SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
 # CROSS JOIN makes SQLite search the words first, and fetch only the products that have them.
 SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product ON id = product_id"
+FOUND_PRODUCT = " FROM product CROSS JOIN product_search ON id = product_id"  # by its sku first
 # The condition that continues a page after an item, and the order. Equal values go by id. Each
 # order has its index.
 ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 PRODUCT_ORDERS = ID_ORDERS | {
-    "name": ("(sort_name, product_id) > (:value, :after)", "sort_name, product_id"),
+    "name": ("(folded_name, product_id) > (:value, :after)", "folded_name, product_id"),
     "-name": (
-        "sort_name <= :value AND (sort_name < :value OR product_id > :after)",
-        "sort_name DESC, product_id",
+        "folded_name <= :value AND (folded_name < :value OR product_id > :after)",
+        "folded_name DESC, product_id",
     ),
     "price": ("(price, id) > (:value, :after)", "price, id"),
     "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
@@ -1070,10 +1109,14 @@ SELECT_MOVEMENTS = """
     SELECT id, change, stock, order_id, note, created_at
       FROM every_movement
 """
+# The longest word is most likely the rarest. No word reaches across the blank of the second.
+HAS_LONGEST_WORD = "(instr(folded_name, :longest_word) OR instr(folded_description, :longest_word))"
 HAS_OTHER_WORDS = """
-    NOT EXISTS (SELECT 1 FROM json_each(:other_words) WHERE NOT instr(words, value))
+    NOT EXISTS (SELECT 1 FROM json_each(:other_words)
+                 WHERE NOT instr(folded_name || ' ' || folded_description, value))
 """
-SELECT_ORDERS = "SELECT id, status, total, created_at, reference FROM orders"
+TRANSITIONS = {"pending": ("completed", "cancelled"), "completed": ("cancelled",), "cancelled": ()}
+SELECT_ORDERS = "SELECT id, status, total, created_at, reference, metadata FROM orders"
 SELECT_ORDER = SELECT_ORDERS + " WHERE id = :id"
 SELECT_EXPIRED = """
     SELECT id
@@ -1082,11 +1125,19 @@ SELECT_EXPIRED = """
      ORDER BY created_at
      LIMIT :limit
 """
+LINE_COLUMNS = ("product_id", "name", "price", "quantity", "sku")
 SELECT_LINES = """
-    SELECT order_id, product_id, name, price, quantity
+    SELECT order_id, product_id, name, price, quantity, sku
       FROM order_line
      WHERE order_id IN (SELECT value FROM json_each(:ids))
      ORDER BY order_id, position
+"""
+# Ids grow with the time, but a clock may have been wrong: every order is looked at.
+SELECT_EXPORTED_LINES = """
+    SELECT order_id, created_at, status, reference, product_id, sku, name, price, quantity
+      FROM orders CROSS JOIN order_line ON order_id = id
+     WHERE (:first IS NULL OR created_at >= :first) AND (:end IS NULL OR created_at <= :end)
+     ORDER BY id, position
 """
 
 
@@ -1107,15 +1158,39 @@ def cut_page(rows: list[sqlite3.Row], limit: int | None) -> tuple[list[sqlite3.R
 def only_row(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
     if not rows:
         raise NotFound(kind, row_id)
-    return dict(rows[0])
+    return decode(rows[0])
+
+
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def decode(row: sqlite3.Row) -> dict:
+    """A row of a product or an order as a dict, whose metadata is one as well."""
+    return {**row, "metadata": json.loads(row["metadata"])}
+
+
+def encode(item: dict) -> dict:
+    """The parameters that store a product or an order."""
+    return {**item, "metadata": encode_json(item["metadata"])}
+
+
+def merge(item: dict, fields: dict) -> dict:
+    """The product or order with these fields, its metadata merged. Raises ExcessiveMetadata."""
+    metadata = item["metadata"]
+    if fields.get("metadata"):
+        metadata = {**metadata, **fields["metadata"]}
+        metadata = {name: value for name, value in metadata.items() if value is not None}
+    if len(metadata) > MAX_METADATA:
+        raise ExcessiveMetadata(len(metadata))
+    return {**item, **fields, "metadata": metadata}
 
 
 def ids_of(rows: list) -> dict:
     return {"ids": json.dumps([row["id"] for row in rows])}
 
 
-def with_lines(orders: list, lines: list[sqlite3.Row]) -> list[dict]:
-    """The orders as dicts, each with its lines."""
+def with_lines(orders: list[dict], lines: list[sqlite3.Row]) -> list[dict]:
+    """The orders, each with its lines."""
     by_id: dict[int, dict] = {order["id"]: {**order, "lines": []} for order in orders}
     for row in lines:
         line = dict(row)
@@ -1128,19 +1203,18 @@ def shortage(product_id: int, requested: int, available: int) -> dict:
     return {"product_id": product_id, "requested": requested, "available": available}
 
 
-PRODUCT_DEFAULTS = {"id": None, "description": "", "stock": 0}
+PRODUCT_DEFAULTS: dict = {"id": None, "description": "", "stock": 0, "sku": "", "metadata": {}}
 SAVE_PRODUCT = """
-    INSERT INTO product (id, name, description, price, stock)
-    VALUES (:id, :name, :description, :price, :stock)
+    INSERT INTO product (id, name, description, price, stock, sku, metadata)
+    VALUES (:id, :name, :description, :price, :stock, :sku, :metadata)
         ON CONFLICT (id) DO UPDATE
        SET name = excluded.name, description = excluded.description,
-           price = excluded.price, stock = excluded.stock
+           price = excluded.price, stock = excluded.stock,
+           sku = excluded.sku, metadata = excluded.metadata
 """
 SAVE_SEARCH = """
-    INSERT INTO product_search (product_id, sort_name, words)
-    VALUES (:id, :sort_name, :words)
-        ON CONFLICT (product_id) DO UPDATE
-       SET sort_name = excluded.sort_name, words = excluded.words
+    INSERT OR REPLACE INTO product_search (product_id, folded_name, folded_description)
+    VALUES (:id, :name, :description)
 """
 
 
@@ -1162,18 +1236,31 @@ def open_balances(
     )
 
 
+# Letters that Unicode does not decompose, and what people type in place of an apostrophe (the
+# modifier letters, primes and accents that look like one) or a hyphen (dashes, minus).
+SPELLINGS = str.maketrans(
+    "ⱥƀȼđðɇǥħıɨɉꝁłƚøŋᵽɍŧⱦʉɏƶ’‘‛ʼʻʽʹˈˊˋ`´᾽᾿′‵՚׳ꞌ‐‑‒–—―−⁃˗־֊᠆⸺⸻",
+    "abcddeghiijkllonprttuyz'''''''''''''''''''--------------",
+) | str.maketrans({"æ": "ae", "œ": "oe", "þ": "th"})
+
+
 def fold(text: str) -> str:
-    """The text without case and accents, for searches: "Café" becomes "cafe"."""
+    """The text as searches and sorting compare it, without case and accents.
+
+    Letters with strokes and ligatures become what they are made of, every apostrophe ' and every
+    hyphen or dash -: "Smørrebrød – O’Neill" becomes "smorrebrod - o'neill".
+    """
     if text.isascii():
-        return text.lower()
-    letters = unicodedata.normalize("NFKD", text.casefold())
+        return text.lower().replace("`", "'")
+    # Some apostrophes are to be replaced before NFKD, which makes a blank and an accent of them,
+    # and some letters after it has taken their accents away.
+    letters = unicodedata.normalize("NFKD", text.casefold().translate(SPELLINGS))
     folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    return folded.casefold().replace("ı", "i")  # "I" is the capital of both
+    return folded.casefold().translate(SPELLINGS)
 
 
 def search_row(product: dict | sqlite3.Row) -> dict:
-    text = f"{product['name']}\n{product['description']}"
-    return {"id": product["id"], "sort_name": product["name"].casefold(), "words": fold(text)}
+    return {"id": product["id"]} | {text: fold(product[text]) for text in ("name", "description")}
 
 
 # ------------------------------------------------------------------------------------ migrations
@@ -1189,21 +1276,18 @@ class Migration(NamedTuple):
     fill: Callable[[sqlite3.Connection], None] = lambda connection: None
 
 
-def fill_search(connection: sqlite3.Connection) -> None:
-    products = connection.execute("SELECT id, name, description FROM product")
+def fill_search(connection: sqlite3.Connection, after: int = 0) -> None:
+    """Make each product whose id is greater than `after` searchable."""
+    products = connection.execute(SELECT_PRODUCTS + " WHERE id > ?", (after,))
     connection.executemany(SAVE_SEARCH, map(search_row, products))
 
 
 MIGRATIONS = [
     Migration(),  # 0 to 1: a new file
-    Migration(),  # 1 to 2: product_search, which 3 to 4 replaces
+    Migration(),  # 1 to 2: product_search, which 6 to 7 replaces
     Migration(),  # 2 to 3: idempotency_key_by_time
-    Migration(  # 3 to 4: references of orders, product_search with names to sort by
-        alter=(
-            "ALTER TABLE orders ADD COLUMN reference TEXT NOT NULL DEFAULT ''",
-            "DROP TABLE IF EXISTS product_search",
-        ),
-        fill=fill_search,
+    Migration(  # 3 to 4: references of orders
+        alter=("ALTER TABLE orders ADD COLUMN reference TEXT NOT NULL DEFAULT ''",),
     ),
     Migration(  # 4 to 5: the ledger, orders_pending_by_time
         alter=(
@@ -1214,6 +1298,16 @@ MIGRATIONS = [
         fill=open_balances,
     ),
     Migration(),  # 5 to 6: another CHECK of orders.status
+    Migration(  # 6 to 7: sku, metadata, higher prices, another product_search
+        alter=(
+            "ALTER TABLE product ADD COLUMN sku TEXT NOT NULL DEFAULT ''",
+            "ALTER TABLE product ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",
+            "ALTER TABLE orders ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",
+            "ALTER TABLE order_line ADD COLUMN sku TEXT NOT NULL DEFAULT ''",
+            "DROP TABLE IF EXISTS product_search",
+        ),
+        fill=fill_search,
+    ),
 ]
 
 
@@ -1357,8 +1451,8 @@ def flush_file(path: Path) -> None:
 def check_integrity(path: str | os.PathLike) -> list[str]:
     """What is wrong in a database, one sentence for each fault.
 
-    Checks pages, constraints, references, totals and the ledger. Raises DatabaseError for a file
-    that is not a shop's database.
+    Checks pages, constraints, references, totals, the ledger, skus and metadata. Raises
+    DatabaseError for a file that is not a shop's database.
     """
     store = Store(path, read_only=True)
     try:
@@ -1371,6 +1465,8 @@ def check_integrity(path: str | os.PathLike) -> list[str]:
                 *wrong_totals(connection),
                 *wrong_stocks(connection),
                 *missing_searches(connection),
+                *repeated_skus(connection),
+                *wrong_metadata(connection),
             ]
     except sqlite3.DatabaseError as error:
         return [f"{error}."]
@@ -1436,3 +1532,30 @@ def missing_searches(connection: sqlite3.Connection) -> list[str]:
          WHERE id NOT IN (SELECT product_id FROM product_search)
     """).fetchall()
     return [f"Product {row['id']} cannot be found: it is not in product_search." for row in rows]
+
+
+def repeated_skus(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("""
+        SELECT sku, group_concat(id, ', ') AS ids
+          FROM product NOT INDEXED
+         WHERE sku <> ''
+         GROUP BY sku
+        HAVING count(*) > 1
+    """).fetchall()
+    return [f"Products {row['ids']} have the same sku '{row['sku']}'." for row in rows]
+
+
+def wrong_metadata(connection: sqlite3.Connection) -> list[str]:
+    """Objects that break the rules for metadata; CHECK constraints reject what is no object."""
+    rows = connection.execute("""
+        SELECT kind, item.id AS id
+          FROM (SELECT 'Product' AS kind, id, metadata FROM product
+                 UNION ALL
+                SELECT 'Order', id, metadata FROM orders) AS item,
+               json_each(iif(json_valid(metadata), metadata, '{}'))
+         GROUP BY kind, item.id
+        HAVING count(*) > 50
+            OR max(type <> 'text' OR length(key) NOT BETWEEN 1 AND 40
+                   OR key GLOB '*[^A-Za-z0-9_-]*' OR length(value) > 500 OR instr(value, char(0)))
+    """).fetchall()
+    return [f"{row['kind']} {row['id']} has metadata other than 50 short texts." for row in rows]

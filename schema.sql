@@ -6,7 +6,7 @@
 -- New columns go to the end of their table, where ALTER TABLE puts them too.
 
 PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: identifies the file as a shop's
-PRAGMA user_version = 6;             -- SCHEMA_VERSION
+PRAGMA user_version = 7;             -- SCHEMA_VERSION
 
 
 -- What is for sale. The stock is in the product's row, so that one UPDATE checks and deducts it.
@@ -15,9 +15,13 @@ CREATE TABLE IF NOT EXISTS product (
     name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200 AND instr(name, char(0)) = 0),
     description TEXT NOT NULL DEFAULT ''
                 CHECK (length(description) <= 10000 AND instr(description, char(0)) = 0),
-    price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),              -- cents
+    price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000000),           -- cents
     stock       INTEGER NOT NULL DEFAULT 0 CHECK (stock BETWEEN 0 AND 1000000000),   -- pieces
     movements   INTEGER NOT NULL DEFAULT 0 CHECK (movements >= 0),     -- of the stock, see below
+    sku         TEXT NOT NULL DEFAULT ''                               -- the shop's article number
+                CHECK (length(sku) <= 64 AND instr(sku, char(0)) = 0),
+    metadata    TEXT NOT NULL DEFAULT '{}'                             -- the caller's own, see db.py
+                CHECK (json_valid(metadata) AND json_type(metadata) = 'object'),
     CHECK (trim(name, char(9, 10, 11, 12, 13, 32, 133, 160, 5760, 8192, 8193, 8194, 8195, 8196,
                            8197, 8198, 8199, 8200, 8201, 8202, 8232, 8233, 8239, 8287, 12288))
            <> '')
@@ -27,18 +31,23 @@ CREATE TABLE IF NOT EXISTS product (
 CREATE INDEX IF NOT EXISTS product_by_price ON product (price);
 CREATE INDEX IF NOT EXISTS product_by_price_down ON product (price DESC);
 
+-- Any number of products may be without a sku.
+CREATE UNIQUE INDEX IF NOT EXISTS product_by_sku ON product (sku) WHERE sku <> '';
 
--- The text by which products are searched and sorted: the name without case, and name and
--- description without case and accents. Python computes it because SQLite cannot. It has its own
--- table so that a search reads nothing else.
+
+-- The texts by which products are searched and sorted: name and description without case, accents
+-- and other differences of spelling. Python computes them because SQLite cannot. They have their
+-- own table, so that a search reads nothing else. The name is a column of its own because products
+-- with equal names go by id, whatever their descriptions are.
 CREATE TABLE IF NOT EXISTS product_search (
-    product_id INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
-    sort_name  TEXT NOT NULL,
-    words      TEXT NOT NULL
+    product_id         INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
+    folded_name        TEXT NOT NULL,
+    folded_description TEXT NOT NULL
 ) STRICT;
 
-CREATE INDEX IF NOT EXISTS product_by_name ON product_search (sort_name);
-CREATE INDEX IF NOT EXISTS product_by_name_down ON product_search (sort_name DESC);
+-- One index is enough for both directions: few products have equal names, and SQLite sorts only
+-- those by id when it reads the index backwards.
+CREATE INDEX IF NOT EXISTS product_by_name ON product_search (folded_name);
 
 
 -- Orders are never deleted. (ORDER is a keyword of SQL, hence the plural.) The status is not
@@ -51,7 +60,9 @@ CREATE TABLE IF NOT EXISTS orders (
     total      INTEGER NOT NULL CHECK (total BETWEEN 0 AND 1000000000000000),  -- cents, all lines
     created_at TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z'),
     reference  TEXT NOT NULL DEFAULT ''                                        -- the caller's own
-               CHECK (length(reference) <= 200 AND instr(reference, char(0)) = 0)
+               CHECK (length(reference) <= 200 AND instr(reference, char(0)) = 0),
+    metadata   TEXT NOT NULL DEFAULT '{}'                                      -- likewise
+               CHECK (json_valid(metadata) AND json_type(metadata) = 'object')
 ) STRICT;
 
 -- A partial index costs orders without a reference nothing.
@@ -64,18 +75,19 @@ CREATE INDEX IF NOT EXISTS orders_by_status ON orders (status);
 CREATE INDEX IF NOT EXISTS orders_pending_by_time ON orders (created_at) WHERE status = 'pending';
 
 
--- One product of one order. Name and price are copies, which later edits do not change. The product
--- may be deleted, so product_id is not a foreign key. The primary key stores the lines of an order
--- together and allows each product once.
+-- One product of one order. Name, price and sku are copies, which later edits do not change. The
+-- product may be deleted, so product_id is not a foreign key. The primary key stores the lines of an
+-- order together and allows each product once.
 CREATE TABLE IF NOT EXISTS order_line (
     order_id    INTEGER NOT NULL REFERENCES orders (id),
     product_id  INTEGER NOT NULL CHECK (product_id > 0),
     position    INTEGER NOT NULL CHECK (position BETWEEN 0 AND 99),        -- in the request
     name        TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 200),
-    price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000),    -- cents for one
+    price       INTEGER NOT NULL CHECK (price BETWEEN 0 AND 100000000000), -- cents for one
     quantity    INTEGER NOT NULL CHECK (quantity BETWEEN 1 AND 100000),    -- pieces
     stock       INTEGER CHECK (stock >= 0),             -- left after it; NULL: before the ledger
     movement_id INTEGER CHECK (movement_id > 0),        -- of the product; NULL likewise
+    sku         TEXT NOT NULL DEFAULT '' CHECK (length(sku) <= 64),
     PRIMARY KEY (order_id, product_id)
 ) STRICT, WITHOUT ROWID;
 
