@@ -1139,6 +1139,7 @@ SELECT_EXPORTED_LINES = """
      WHERE (:first IS NULL OR created_at >= :first) AND (:end IS NULL OR created_at <= :end)
      ORDER BY id, position
 """
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def select_page(select: str, conditions: list[str], order: tuple[str, str], after: int) -> str:
@@ -1159,9 +1160,6 @@ def only_row(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
     if not rows:
         raise NotFound(kind, row_id)
     return decode(rows[0])
-
-
-encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def decode(row: sqlite3.Row) -> dict:
@@ -1556,6 +1554,6 @@ def wrong_metadata(connection: sqlite3.Connection) -> list[str]:
          GROUP BY kind, item.id
         HAVING count(*) > 50
             OR max(type <> 'text' OR length(key) NOT BETWEEN 1 AND 40
-                   OR key GLOB '*[^A-Za-z0-9_-]*' OR length(value) > 500 OR instr(value, char(0)))
+                   OR key GLOB '*[^A-Za-z0-9_-]*' OR length(value) > 500)
     """).fetchall()
     return [f"{row['kind']} {row['id']} has metadata other than 50 short texts." for row in rows]
