@@ -80,13 +80,20 @@ TOO_LARGE = f"The body may have {MAX_BODY} bytes."
 # the `default` of an absent field. `message` is for a pattern that does not match.
 
 
-def object_schema(required: str = "", /, **properties: dict) -> dict:
-    return {"type": "object", "properties": properties, "required": required.split()}
+def object_schema(required: str | None = None, /, **properties: dict) -> dict:
+    """An object with these properties, all of them required if `required` names none."""
+    names = list(properties) if required is None else required.split()
+    return {"type": "object", "properties": properties, "required": names}
 
 
 def body_schema(required: str = "", /, **properties: dict) -> dict:
-    """The object of a request, in which unknown fields are rejected as typos."""
+    """The object of a request, where a typo must not pass as a new field."""
     return object_schema(required, **properties) | {"additionalProperties": False}
+
+
+def page_schema(name: str, item: dict) -> dict:
+    properties: dict[str, dict] = {name: {"type": "array", "items": item}, "next": NEXT}
+    return object_schema(**properties)
 
 
 # Unicode's White_Space, spelled out because \s means something else in every dialect.
@@ -102,13 +109,37 @@ NAME = {
     "message": "must be text, not only white space, without NUL",
 }
 DESCRIPTION = TEXT | {"maxLength": 10_000}
-PRICE = {"type": "number", "minimum": 0, "maximum": 1_000_000, "decimals": 2}
+PRICE = {"type": "number", "minimum": 0, "maximum": 10**9, "decimals": 2}
 STOCK = {"type": "integer", "minimum": 0, "maximum": db.MAX_STOCK}
 CHANGE = {"type": "integer", "minimum": -db.MAX_STOCK, "maximum": db.MAX_STOCK}
 QUANTITY = {"type": "integer", "minimum": 1, "maximum": 100_000}
 REFERENCE = TEXT | {
     "maxLength": 200,
     "description": "The caller's own text: a cart, a customer, a payment. It need not be unique.",
+}
+EDGE = rf"[^\u0000-\u001f\u007f-\u009f{WHITE_SPACE}]"  # what a sku begins and ends with
+SKU = {
+    "type": "string",
+    "maxLength": 64,
+    "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?$",
+    "message": "must be text without NUL, and without white space at its ends",
+    "description": "The shop's own article number, unique where it is not empty.",
+}
+METADATA: dict = {
+    "type": "object",
+    "additionalProperties": TEXT | {"maxLength": 500},
+    "propertyNames": {
+        "pattern": "^[A-Za-z0-9_-]{1,40}$",
+        "message": "must be a name of 1 to 40 letters, digits, _ or -",
+    },
+    "maxProperties": db.MAX_METADATA,
+    "description": "Whatever else the caller keeps with it: short texts by name.",
+}
+METADATA_PATCH = {
+    "type": "object",
+    "additionalProperties": METADATA["additionalProperties"] | {"type": ["string", "null"]},
+    "propertyNames": METADATA["propertyNames"],
+    "description": "Merged with the metadata that is there; null removes an entry.",
 }
 STATUS = {"type": "string", "enum": ["pending", "completed", "cancelled"]}
 NEW_STATUS = {"type": "string", "enum": ["completed", "cancelled"]}
@@ -121,14 +152,15 @@ PRODUCT_FIELDS: dict[str, dict] = {
     "description": DESCRIPTION | {"default": ""},
     "price": PRICE,
     "stock": STOCK | {"default": 0},
+    "sku": SKU | {"default": ""},
+    "metadata": METADATA | {"default": {}},
 }
-PRODUCT = object_schema(" ".join(["id", *PRODUCT_FIELDS]), id=ID, **PRODUCT_FIELDS)
+PRODUCT = object_schema(id=ID, **PRODUCT_FIELDS)
 NEW_PRODUCT = body_schema("name price", **PRODUCT_FIELDS)
-PRODUCT_UPDATE = body_schema(**PRODUCT_FIELDS) | {"minProperties": 1}
+PRODUCT_UPDATE = body_schema(**PRODUCT_FIELDS | {"metadata": METADATA_PATCH}) | {"minProperties": 1}
 NOTE = TEXT | {"maxLength": 200, "description": "Why the stock changes."}
 STOCK_UPDATE = body_schema("change", change=CHANGE, note=NOTE | {"default": ""})
 MOVEMENT = object_schema(
-    "id change stock order_id note created_at",
     id=ID,
     change=CHANGE,
     stock=STOCK | {"description": "The stock after this change."},
@@ -139,36 +171,30 @@ MOVEMENT = object_schema(
     note=NOTE,
     created_at=TIME,
 )
-MOVEMENTS = object_schema(
-    "movements next", movements={"type": "array", "items": MOVEMENT}, next=NEXT
-)
-PRODUCTS = object_schema("products next", products={"type": "array", "items": PRODUCT}, next=NEXT)
+MOVEMENTS = page_schema("movements", MOVEMENT)
+PRODUCTS = page_schema("products", PRODUCT)
 
 NEW_LINE = body_schema("product_id quantity", product_id=ID, quantity=QUANTITY)
-LINE = object_schema(
-    "product_id name price quantity",
-    product_id=ID,
-    name=NAME,
-    price=PRICE,
-    quantity=QUANTITY,
-)
+LINE = object_schema(product_id=ID, name=NAME, price=PRICE, quantity=QUANTITY, sku=SKU)
 LINES = {"type": "array", "minItems": 1, "maxItems": 100}
 ORDER = object_schema(
-    "id status total_price created_at reference products",
     id=ID,
     status=STATUS,
     total_price=TOTAL,
     created_at=TIME,
     reference=REFERENCE,
+    metadata=METADATA,
     products=LINES | {"items": LINE},
 )
 NEW_ORDER = body_schema(
     "products",
     products=LINES | {"items": NEW_LINE, "unique_by": "product_id"},
     reference=REFERENCE | {"default": ""},
+    metadata=METADATA | {"default": {}},
 )
-ORDER_UPDATE = body_schema("status", status=NEW_STATUS)
-ORDERS = object_schema("orders next", orders={"type": "array", "items": ORDER}, next=NEXT)
+ORDER_UPDATE = body_schema(status=NEW_STATUS, reference=REFERENCE, metadata=METADATA_PATCH)
+ORDER_UPDATE["minProperties"] = 1
+ORDERS = page_schema("orders", ORDER)
 
 HEALTH = object_schema(
     "status", status={"type": "string", "enum": ["ok"]}, read_only={"type": "boolean"}
@@ -177,10 +203,7 @@ ERROR = object_schema(
     "detail", detail={"type": "string"}, pointer={"type": "string"}, parameter={"type": "string"}
 )
 SHORTAGE = object_schema(
-    "product_id requested available",
-    product_id=ID,
-    requested={"type": "integer"},
-    available={"type": "integer"},
+    product_id=ID, requested={"type": "integer"}, available={"type": "integer"}
 )
 PROBLEM_FIELDS: dict[str, dict] = {
     "type": {"type": "string", "const": "about:blank"},  # so that no other problem matches
@@ -188,7 +211,7 @@ PROBLEM_FIELDS: dict[str, dict] = {
     "status": {"type": "integer"},
     "detail": {"type": "string"},
 }
-PROBLEM = object_schema(" ".join(PROBLEM_FIELDS), **PROBLEM_FIELDS)
+PROBLEM = object_schema(**PROBLEM_FIELDS)
 
 
 def problem_schema(kind: str, status: int, /, **members: dict) -> dict:
@@ -196,13 +219,14 @@ def problem_schema(kind: str, status: int, /, **members: dict) -> dict:
     fields = PROBLEM_FIELDS | members
     fields["type"] = {"type": "string", "const": f"urn:problem-type:{kind}"}
     fields["status"] = {"type": "integer", "const": status}
-    return object_schema(" ".join(fields), **fields)
+    return object_schema(**fields)
 
 
 INSUFFICIENT_STOCK = problem_schema(
     "insufficient-stock", 409, shortages={"type": "array", "items": SHORTAGE}
 )
 INVALID_TRANSITION = problem_schema("invalid-transition", 409)
+DUPLICATE_SKU = problem_schema("duplicate-sku", 409, product_id=ID)
 VALIDATION_FAILED = problem_schema("validation", 422, errors={"type": "array", "items": ERROR})
 IDEMPOTENCY_KEY_REUSED = problem_schema("idempotency-key-reused", 422)
 
@@ -229,19 +253,22 @@ def sort_schema(orders: dict) -> dict:
 
 
 PRODUCT_QUERY = object_schema(
+    "",
     q=TEXT | {"description": "Words in name or description, ignoring case and accents."},
     available={
         "type": "boolean",
         "description": "Only products in stock (true) or out of stock (false).",
     },
+    sku=SKU | {"description": "Only the product with this sku; if empty, those without one."},
     sort=sort_schema(db.PRODUCT_ORDERS),
     limit=LIMIT,
     after=AFTER,
 )
 MOVEMENT_QUERY = object_schema(
-    sort=sort_schema(db.ID_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
+    "", sort=sort_schema(db.ID_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
 )
 ORDER_QUERY = object_schema(
+    "",
     status=STATUS | {"description": "Only orders with this status."},
     reference=REFERENCE | {"description": "Only orders with exactly this reference."},
     sort=sort_schema(db.ID_ORDERS),
@@ -290,7 +317,7 @@ INDEX = {
     "health": "/healthz",
     "openapi": "/openapi.json",
 }
-INDEX_SCHEMA = object_schema(" ".join(INDEX), **dict.fromkeys(INDEX, {"type": "string"}))
+INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, {"type": "string"}))
 
 
 @api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody", html=True, database=False))
@@ -328,7 +355,7 @@ def list_products(store, query):
     return page_response("/products/", "products", f"[{products}]", query, next_after)
 
 
-@api.post("/products/", spec=Spec(PRODUCT, 201, body=NEW_PRODUCT))
+@api.post("/products/", spec=Spec(PRODUCT, 201, body=NEW_PRODUCT, conflicts=(DUPLICATE_SKU,)))
 def create_product(store, body):
     """Add a product."""
     product = store.create_product(**body)
@@ -344,10 +371,17 @@ def get_product(store, product_id):
 
 @api.patch(
     "/products/<product_id:id>/",
-    spec=Spec(PRODUCT, body=PRODUCT_UPDATE, media_types=PATCH_TYPES, etag=True, if_match=True),
+    spec=Spec(
+        PRODUCT,
+        body=PRODUCT_UPDATE,
+        media_types=PATCH_TYPES,
+        etag=True,
+        if_match=True,
+        conflicts=(DUPLICATE_SKU,),
+    ),
 )
 def update_product(store, product_id, body, if_match):
-    """Change the given fields of a product."""
+    """Change the given fields of a product; metadata is merged."""
     return product_response(store.update_product(product_id, if_match=if_match, **body))
 
 
@@ -399,7 +433,7 @@ def list_orders(store, query):
 def create_order(store, body):
     """Place an order: the stock of every line is deducted, or nothing is.
 
-    Name and price are copied: later edits of the product do not touch the order.
+    Name, price and sku are copied: later edits of the product do not touch the order.
     """
     order = store.create_order(**body)
     location = f"{mount_point()}/orders/{order['id']}/"
@@ -414,10 +448,20 @@ def get_order(store, order_id):
 
 @api.patch(
     "/orders/<order_id:id>/",
-    spec=Spec(ORDER, body=ORDER_UPDATE, etag=True, if_match=True, conflicts=(INVALID_TRANSITION,)),
+    spec=Spec(
+        ORDER,
+        body=ORDER_UPDATE,
+        media_types=PATCH_TYPES,
+        etag=True,
+        if_match=True,
+        conflicts=(INVALID_TRANSITION,),
+    ),
 )
 def update_order(store, order_id, body, if_match):
-    """Complete a pending order, or cancel it and put its stock back."""
+    """Complete an order, or cancel it and put its stock back; change its reference or metadata.
+
+    A pending order becomes completed or cancelled, a completed one cancelled: goods come back.
+    """
     return order_response(store.update_order(order_id, if_match=if_match, **body))
 
 
@@ -476,6 +520,7 @@ def order_to_json(order: dict) -> dict:
         "total_price": order["total"] / 100,
         "created_at": order["created_at"],
         "reference": order["reference"],
+        "metadata": order["metadata"],
         "products": [{**line, "price": line["price"] / 100} for line in order["lines"]],
     }
 
@@ -611,6 +656,9 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     db.InsufficientStock: lambda error: Problem(
         409, str(error), "insufficient-stock", shortages=error.shortages
     ),
+    db.DuplicateSku: lambda error: Problem(
+        409, str(error), "duplicate-sku", product_id=error.product_id
+    ),
     db.InvalidTransition: lambda error: Problem(409, str(error), "invalid-transition"),
     db.IdempotencyKeyReused: lambda error: Problem(
         422,
@@ -618,6 +666,8 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
         "idempotency-key-reused",
     ),
     db.ExcessiveStock: lambda error: invalid_body(("change",), error),
+    db.ExcessiveTotal: lambda error: invalid_body(("products",), error),
+    db.ExcessiveMetadata: lambda error: invalid_body(("metadata",), error),
     db.UnknownProducts: unknown_products,
     db.UnknownPlace: lambda error: validation_problem(
         ValidationError([(("after",), str(error))], is_query=True)
@@ -1047,6 +1097,12 @@ def validate(value: Any, validator: Validator) -> Any:
 
 
 def compile_schema(schema: dict) -> Validator:
+    if isinstance(schema["type"], list):
+        kind, _ = schema["type"]  # such as ["string", "null"]
+        validator = compile_schema(schema | {"type": kind})
+        return lambda value, *place: None if value is None else validator(value, *place)
+    if "propertyNames" in schema:
+        return compile_map(schema)
     return COMPILERS[schema["type"]](schema)
 
 
@@ -1076,6 +1132,29 @@ def compile_object(schema: dict) -> Validator:
         return fields
 
     return validate_object
+
+
+def compile_map(schema: dict) -> Validator:
+    """An object with names of its own, whose values all have one schema."""
+    validate_value = compile_schema(schema["additionalProperties"])
+    is_name = re.compile(schema["propertyNames"]["pattern"]).fullmatch
+    most = schema.get("maxProperties", MAX_BODY)
+
+    def validate_map(value: Any, path: tuple, errors: list[Error]) -> dict:
+        if type(value) is not dict:
+            errors.append((path, "must be an object"))
+            return {}
+        if len(value) > most:
+            errors.append((path, f"must have at most {most} entries, not {len(value)}"))
+        for name, item in value.items():
+            if not is_name(name):
+                errors.append((path + (name,), schema["propertyNames"]["message"]))
+            validate_value(item, path + (name,), errors)
+            if len(errors) > MAX_ERRORS:
+                break
+        return value
+
+    return validate_map
 
 
 def compile_array(schema: dict) -> Validator:
@@ -1119,7 +1198,7 @@ def compile_string(schema: dict) -> Validator:
     least = schema.get("minLength", 0)
     most = schema.get("maxLength", MAX_BODY)
     enum = schema.get("enum")
-    search = re.compile(schema.get("pattern", "")).search
+    matches_pattern = re.compile(schema.get("pattern", "(?s:.*)")).fullmatch
     has_surrogate = re.compile("[\ud800-\udfff]").search
 
     def validate_string(value: Any, path: tuple, errors: list[Error]) -> str:
@@ -1129,7 +1208,7 @@ def compile_string(schema: dict) -> Validator:
             message = f"must be {least} to {most} characters long, not {len(value)}"
         elif enum and value not in enum:
             message = f"must be {' or '.join(enum)}"
-        elif not search(value):
+        elif not matches_pattern(value):
             message = schema["message"]
         elif not value.isascii() and has_surrogate(value):
             message = "must be valid UTF-8, without unpaired surrogates"
@@ -1188,8 +1267,9 @@ COMPILERS = {
 # /openapi.json, and from it the page at /: built from the routes and their schemas.
 
 MUG = {"id": 1, "name": "Mug", "description": "Blue", "price": 9.99, "stock": 12}
+MUG |= {"sku": "MUG-BL", "metadata": {"image": "https://img.example/mug.jpg"}}
 ORDERED_MUG = {"product_id": 1, "quantity": 2}
-SOLD_MUG = {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2}
+SOLD_MUG = {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2, "sku": "MUG-BL"}
 SHORT_MUG = {"product_id": 1, "requested": 15, "available": 12}
 SOLD_AT = "2026-11-22T10:15:30Z"
 SALE = {"id": 12, "change": -2, "stock": 10, "order_id": 7, "note": "", "created_at": SOLD_AT}
@@ -1199,6 +1279,7 @@ CART = {
     "total_price": 19.98,
     "created_at": SOLD_AT,
     "reference": "cart-17",
+    "metadata": {"email": "buyer@example.org"},
     "products": [SOLD_MUG],
 }
 # Each schema that has a name in /openapi.json, with an example or the exception that makes it.
@@ -1221,7 +1302,8 @@ SCHEMAS: dict[str, tuple[dict, dict | Exception]] = {
     "Problem": (PROBLEM, db.NotFound("product", 1)),
     "InsufficientStock": (INSUFFICIENT_STOCK, db.InsufficientStock([SHORT_MUG])),
     "Shortage": (SHORTAGE, SHORT_MUG),
-    "InvalidTransition": (INVALID_TRANSITION, db.InvalidTransition(7, "completed", "cancelled")),
+    "InvalidTransition": (INVALID_TRANSITION, db.InvalidTransition(7, "cancelled", "completed")),
+    "DuplicateSku": (DUPLICATE_SKU, db.DuplicateSku(4, "MUG-BL")),
     "ValidationFailed": (VALIDATION_FAILED, ValidationError([(("price",), "must be a number")])),
     "InvalidField": (ERROR, {"pointer": "#/price", "detail": "price must be a number."}),
     "IdempotencyKeyReused": (IDEMPOTENCY_KEY_REUSED, db.IdempotencyKeyReused()),
@@ -1317,7 +1399,7 @@ def describe_schema(schema: dict, name: str = "", is_required: bool = False) -> 
                 field: describe_schema(value[field], is_required=field in required)
                 for field in value
             }
-        elif keyword == "items":
+        elif keyword != "default" and isinstance(value, dict):  # a schema within this one
             described[keyword] = describe_schema(value)
         elif keyword in OWN_KEYWORDS:
             if keyword != "default" or not is_required:
@@ -2304,7 +2386,7 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
 
 # Spreadsheets: CSV in UTF-8, with a header line.
 
-COLUMNS = ["id", *PRODUCT_FIELDS]
+COLUMNS = ["id", *(name for name in PRODUCT_FIELDS if name != "metadata")]
 
 
 class SpreadsheetError(Exception):
@@ -2419,7 +2501,7 @@ def export_file(store: db.Store, file: str) -> None:
 
 def write_csv(store: db.Store, target: TextIO) -> None:
     # Lines end as in RFC 4180. With a bare LF, Python before 3.13 leaves a CR in a cell unquoted.
-    writer = csv.DictWriter(target, COLUMNS)
+    writer = csv.DictWriter(target, COLUMNS, extrasaction="ignore")
     writer.writeheader()
     for product in store.export_products():
         cents = product["price"]

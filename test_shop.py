@@ -169,6 +169,7 @@ HOLDS = {
     "minItems": lambda value, least: not isinstance(value, list) or len(value) >= least,
     "maxItems": lambda value, most: not isinstance(value, list) or len(value) <= most,
     "minProperties": lambda value, least: not isinstance(value, dict) or len(value) >= least,
+    "maxProperties": lambda value, most: not isinstance(value, dict) or len(value) <= most,
     "required": lambda value, names: not isinstance(value, dict) or set(names) <= value.keys(),
 }
 ANNOTATIONS = {"description", "examples", "format"}
@@ -194,6 +195,12 @@ def schema_errors(value, schema, path="#", *, closed=False):
                 yield from schema_errors(
                     value[name], argument[name], f"{path}/{name}", closed=closed
                 )
+        elif keyword == "propertyNames":
+            for name in as_fields(value):
+                yield from schema_errors(name, argument, f"{path}/{name}")
+        elif keyword == "additionalProperties" and argument is not False:
+            for name in as_fields(value).keys() - schema.get("properties", {}).keys():
+                yield from schema_errors(value[name], argument, f"{path}/{name}")
         elif keyword == "items":
             for position, item in enumerate(value if isinstance(value, list) else []):
                 yield from schema_errors(item, argument, f"{path}/{position}", closed=closed)
