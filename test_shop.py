@@ -4541,7 +4541,7 @@ def test_texts_are_compared_without_case_accents_strokes_ligatures_and_kinds_of_
 
 
 def test_a_folded_text_is_the_same_folded_again_and_in_capitals():
-    for code in range(0x110000):
+    for code in *range(0x40000), *range(0xE0000, 0xE0200):  # all that Unicode has assigned
         character = chr(code)
         folded = db.fold(character)
         assert db.fold(folded) == folded == db.fold("ø" + character)[1:], hex(code)
