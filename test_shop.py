@@ -848,6 +848,17 @@ def test_an_order_of_products_holds_for_what_a_search_finds(shop, sort):
             assert shop("GET", f"{path}&after={product['id']}").json["products"] == rest
 
 
+def test_names_go_as_a_search_compares_them_through_all_pages(shop):
+    names = ["Äpfel", "Birnen", "Éclair", "O'Hara", "O’Neill", "Øl", "T‑Shirt", "T-Shirts"]
+    names += ["Zwieback"]
+    for name in random.Random(1).sample(names, len(names)):
+        shop.product(name=name)
+    for sort, expected in ("name", names), ("-name", names[::-1]):
+        for page in "", "&limit=1", "&limit=4":
+            walked = walk_pages(shop, f"/products/?sort={sort}{page}", "products")
+            assert [product["name"] for product in walked] == expected
+
+
 def test_a_product_is_sorted_by_what_it_is_now(shop):
     fill_unsorted(shop)
     shop("PATCH", "/products/1/", {"name": "ZZ", "price": 0.5})
@@ -1496,6 +1507,336 @@ def test_the_same_key_with_another_reference_is_another_request(shop, mug):
     assert shop("POST", "/orders/", referring("a", (1, 1)), key).status_int == 201
     refused = shop("POST", "/orders/", referring("b", (1, 1)), key)
     assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
+
+
+# --- skus and metadata
+
+SKUS = ["x" * 64, "😀" * 64, "a b", "a\tb", "a\x1fb", "a&b=c#d", "0", "00", "%", "_", "'", "\\"]
+SKUS += [*"\u00c9\u00e9K\u212akﬁ\u00ad\ufeff", "E\u0301", "e\u0301", "fi"]
+
+
+def ids_by_sku(shop, sku, more=""):
+    path = "/products/?" + urllib.parse.urlencode({"sku": sku}) + more
+    return [product["id"] for product in walk_pages(shop, path, "products")]
+
+
+def test_a_sku_is_any_text_of_64_characters_and_found_code_point_by_code_point(shop):
+    for product_id, sku in enumerate(SKUS, 1):
+        created = shop("POST", "/products/", {"name": "x", "price": 1, "sku": sku})
+        assert created.status_int == 201, sku
+        assert created.json["sku"] == sku
+        assert shop("GET", f"/products/{product_id}/").json == created.json
+    for product_id, sku in enumerate(SKUS, 1):
+        assert ids_by_sku(shop, sku) == [product_id]
+    for sku in "x", "E", "\u0301", "nothing":
+        assert ids_by_sku(shop, sku) == []
+    for query in "%20x", "x%0A", "x%00y", "%FF", "x%1F", "x" * 65, "x&sku=y":
+        response = shop("GET", "/products/?sku=" + query)
+        assert list(errors_of(response)) == ["sku"]
+        assert response.json["errors"][0]["parameter"] == "sku"
+
+
+def test_products_are_found_by_their_sku_or_by_having_none(shop):
+    for name, sku, stock in ("b", "M", 0), ("c", "", 1), ("a", "", 0), ("d", "m", 1):
+        shop.product(name=name, sku=sku, stock=stock)
+    assert ids_by_sku(shop, "M", "&q=b&available=false&sort=-price&limit=1") == [1]
+    assert ids_by_sku(shop, "M", "&available=true") == ids_by_sku(shop, "M", "&q=c") == []
+    assert ids_by_sku(shop, "", "&sort=name&limit=1") == [3, 2]
+    assert ids_by_sku(shop, "", "&available=true") == [2]
+    assert shop("GET", "/products/?sku=&limit=1").json["next"] == "/products/?sku=&limit=1&after=2"
+
+
+def assert_duplicate(response, product_id, sku):
+    assert response.status_int == 409, response
+    assert response.json["type"] == "urn:problem-type:duplicate-sku"
+    assert response.json["title"] == "Duplicate sku"
+    assert response.json["product_id"] == product_id
+    assert response.json["detail"] == f"Product {product_id} already has the sku '{sku}'."
+
+
+def test_a_second_product_with_a_sku_is_refused_until_it_is_free(shop, database):
+    for sku in "A", "a", "", "":
+        shop.product(sku=sku)
+    products = shop("GET", "/products/").json
+    key = {"Idempotency-Key": "k"}
+    new = {"name": "x", "price": 1, "stock": 3, "sku": "A"}
+    patch = {"name": "lost", "stock": 9, "metadata": {"lost": "x"}, "sku": "A"}
+    assert_duplicate(shop("POST", "/products/", new, key), 1, "A")
+    for path in "/products/2/", "/products/3/":
+        assert_duplicate(shop("PATCH", path, patch), 1, "A")
+    stale = shop("PATCH", "/products/2/", patch, {"If-Match": '"stale"'})
+    assert stale.status_int == 412
+    assert shop("PATCH", "/products/9/", patch).status_int == 404
+    assert shop("GET", "/products/").json == products
+    assert shop("PATCH", "/products/1/", {"sku": "A", "price": 3}).json["price"] == 3
+    assert shop("PATCH", "/products/1/", {"sku": "B"}).json["sku"] == "B"
+    assert shop("POST", "/products/", new, key).json["id"] == 5
+    assert_duplicate(shop("POST", "/products/", new), 5, "A")
+    shop("DELETE", "/products/5/")
+    assert shop("POST", "/products/", new).json["id"] == 6
+    shop("PATCH", "/products/6/", {"sku": ""})
+    assert shop("PATCH", "/products/4/", {"sku": "A"}).status_int == 200
+    skus = [product["sku"] for product in shop("GET", "/products/").json["products"]]
+    assert skus == ["B", "a", "", "A", ""]
+    assert db.check_integrity(database) == []
+
+
+def test_one_of_sixteen_threads_creates_a_sku_and_the_others_are_told_its_product(shop):
+    def create(n):
+        body = {"name": f"n{n}", "price": n, "sku": "MUG-BL"}
+        return Client(shop.app.app)("POST", "/products/", body)
+
+    responses = at_once(16, create)
+    [created] = [response for response in responses if response.status_int == 201]
+    for response in responses:
+        if response is not created:
+            assert_duplicate(response, created.json["id"], "MUG-BL")
+    assert shop("GET", "/products/").json["products"] == [created.json]
+
+
+FULL_METADATA = {f"{number:040}": "😀" * 500 for number in range(3)}
+FULL_METADATA |= {f"Key_{number}-": "" for number in range(47)}
+ODD_TEXT = '\x01\n\t\x7f"\\/<é\u2028😀 '
+INVALID_METADATA = [
+    ({"": "x"}, "#/metadata/"),
+    ({"n" * 41: "x"}, "#/metadata/" + "n" * 41),
+    ({"a b": "x"}, "#/metadata/a%20b"),
+    ({"a/b~c": "x"}, "#/metadata/a~1b~0c"),
+    ({"a.b": "x"}, "#/metadata/a.b"),
+    ({"a\n": "x"}, "#/metadata/a%0A"),
+    ({"a\0": "x"}, "#/metadata/a%00"),
+    ({"é": "x"}, "#/metadata/%C3%A9"),
+    ({"٣": "x"}, "#/metadata/%D9%A3"),
+    ({"\ud800": "x"}, "#/metadata/%3F"),
+    ({"a": "x", "b": 5, "c": True, "d": ["x"]}, "#/metadata/b #/metadata/c #/metadata/d"),
+    ({"long": "x" * 501}, "#/metadata/long"),
+    ({"nul": "a\0b"}, "#/metadata/nul"),
+    ({"surrogate": "\ud800"}, "#/metadata/surrogate"),
+    (None, "#/metadata"),
+    ([], "#/metadata"),
+    ("x", "#/metadata"),
+]
+
+
+def writes_of(metadata):
+    """The writes that may carry metadata."""
+    return [
+        ("POST", "/products/", {"name": "x", "price": 1, "metadata": metadata}),
+        ("POST", "/orders/", order_of((1, 1)) | {"metadata": metadata}),
+        ("PATCH", "/products/1/", {"stock": 1, "metadata": metadata}),
+        ("PATCH", "/orders/1/", {"status": "completed", "metadata": metadata}),
+    ]
+
+
+def everything(shop):
+    return shop("GET", "/products/").json, shop("GET", "/orders/").json
+
+
+def test_metadata_is_fifty_texts_of_500_characters_by_short_names(shop, mug):
+    shop.order((1, 1))
+    for entries in {}, {"a": ""}, {"a": ODD_TEXT}, FULL_METADATA:
+        for method, path, body in writes_of(entries):
+            response = shop(method, path, body)
+            assert response.status_int in (200, 201)
+            assert response.json["metadata"] == entries or path.endswith("/1/")
+            item = f"{path.removesuffix('1/')}{response.json['id']}/"
+            assert shop("GET", item).json == response.json
+        shop("PATCH", "/products/1/", {"stock": 5, "metadata": dict.fromkeys("a")})
+        shop("PATCH", "/orders/1/", {"metadata": {"a": None}})
+    products, orders = everything(shop)
+    for items in products["products"], orders["orders"]:
+        kept = [item["metadata"] for item in items]
+        assert kept == [FULL_METADATA, {}, {"a": ""}, {"a": ODD_TEXT}, FULL_METADATA]
+
+
+@pytest.mark.parametrize("metadata, pointers", INVALID_METADATA)
+def test_invalid_metadata_is_refused_with_a_pointer_and_nothing_is_done(
+    shop, mug, metadata, pointers
+):
+    shop.order((1, 1))
+    before = everything(shop)
+    for method, path, body in writes_of(metadata):
+        assert list(errors_of(shop(method, path, body))) == pointers.split()
+    assert everything(shop) == before
+
+
+def test_a_new_item_takes_neither_null_nor_more_than_fifty_entries(shop, mug):
+    new_product, new_order, *_ = writes_of({"a": "x", "b": None})
+    for method, path, body in new_product, new_order:
+        assert errors_of(shop(method, path, body)) == {"#/metadata/b": "b must be a string."}
+        body["metadata"] = FULL_METADATA | {"more": ""}
+        detail = "metadata must have at most 50 entries, not 51."
+        assert errors_of(shop(method, path, body)) == {"#/metadata": detail}
+    assert everything(shop) == ({"products": [mug], "next": None}, {"orders": [], "next": None})
+
+
+@pytest.mark.parametrize("path", ["/products/1/", "/orders/1/"])
+@pytest.mark.parametrize("media_type", ["application/json", "application/merge-patch+json"])
+def test_a_patch_merges_metadata_and_null_removes_an_entry(shop, mug, path, media_type):
+    shop.order((1, 1))
+    item = shop("GET", path).json
+    for patch, merged in [
+        ({"a": "1", "b": "2"}, {"a": "1", "b": "2"}),
+        ({}, {"a": "1", "b": "2"}),
+        ({"a": "3", "unknown": None}, {"a": "3", "b": "2"}),
+        ({"b": None}, {"a": "3"}),
+        ({"A": "4"}, {"a": "3", "A": "4"}),
+        (dict.fromkeys(["a", "A"]), {}),
+    ]:
+        response = shop("PATCH", path, {"metadata": patch}, {"Content-Type": media_type})
+        assert response.status_int == 200
+        assert response.json == {**item, "metadata": merged}
+        read = shop("GET", path)
+        assert read.json == response.json
+        assert read.headers["ETag"] == response.headers["ETag"]
+
+
+def test_a_patch_in_another_media_type_is_told_both_that_it_may_have(shop, mug):
+    shop.order((1, 1))
+    for path in "/products/1/", "/orders/1/":
+        refused = shop("PATCH", path, {"metadata": {}}, {"Content-Type": "application/json-patch"})
+        assert refused.status_int == 415
+        assert refused.headers["Accept"] == "application/json, application/merge-patch+json"
+
+
+def test_more_than_fifty_entries_after_a_merge_are_refused_with_the_rest_of_the_patch(shop, mug):
+    shop.order((1, 1))
+    for path, rest in [
+        ("/products/1/", {"name": "lost", "stock": 9, "sku": "lost"}),
+        ("/orders/1/", {"status": "cancelled", "reference": "lost"}),
+    ]:
+        shop("PATCH", path, {"metadata": FULL_METADATA})
+        before = everything(shop)
+        for patch, number in ({"x": ""}, 51), ({"x": "", "y": "", "z": None}, 52):
+            refused = shop("PATCH", path, rest | {"metadata": patch})
+            detail = f"metadata must have at most 50 entries, not {number}."
+            assert errors_of(refused) == {"#/metadata": detail}
+            assert everything(shop) == before
+        swapped = shop("PATCH", path, {"metadata": {"x": "", "Key_0-": None}})
+        assert len(swapped.json["metadata"]) == 50
+        assert "x" in swapped.json["metadata"]
+        assert "Key_0-" not in swapped.json["metadata"]
+
+
+def test_sku_and_metadata_are_part_of_the_etag_and_if_match_guards_them(shop, mug):
+    shop.order((1, 1))
+    for path, collection, patch, other in [
+        ("/products/1/", "/products/", {"metadata": {"a": "1"}}, {"metadata": {"a": "2"}}),
+        ("/products/1/", "/products/", {"sku": "A"}, {"sku": "B"}),
+        ("/orders/1/", "/orders/", {"metadata": {"a": "1"}}, {"metadata": {"a": "2"}}),
+        ("/orders/1/", "/orders/", {"reference": "a"}, {"reference": "b"}),
+    ]:
+        old = [shop("GET", read).headers["ETag"] for read in (path, collection)]
+        changed = shop("PATCH", path, patch, {"If-Match": old[0]})
+        assert changed.status_int == 200
+        new = [shop("GET", read).headers["ETag"] for read in (path, collection)]
+        assert not set(old) & set(new)
+        assert_precondition_failed(shop("PATCH", path, other, {"If-Match": old[0]}))
+        assert shop("GET", path).json == changed.json
+        again = shop("PATCH", path, patch, {"If-Match": new[0]})  # which changes nothing
+        assert again.headers["ETag"] == new[0]
+
+
+def test_neither_sku_nor_metadata_is_searched(shop):
+    shop.product(name="Mug", sku="ZEBRA", metadata={"animal": "zebra"})
+    assert find_ids(shop, "mug") == [1]
+    for q in "zebra", "animal", "mug zebra":
+        assert find_ids(shop, q) == []
+
+
+def test_a_patch_of_an_order_takes_any_of_its_three_fields_in_every_status(shop, mug):
+    metadata = {"email": "buyer@example.org"}
+    order = shop("POST", "/orders/", referring("cart", (1, 2)) | {"metadata": metadata}).json
+    assert order["metadata"] == metadata
+    for status in "pending", "completed", "cancelled":
+        for patch in (
+            {"reference": status},
+            {"metadata": {status: "x"}},
+            {"reference": "", "metadata": {status: "y"}},
+            *([{"status": status}] if status != "pending" else []),
+        ):
+            metadata = metadata | patch.get("metadata", {})
+            order |= patch | {"metadata": metadata}
+            if status != "pending":
+                patch["status"] = status
+                order["status"] = status
+            response = shop("PATCH", "/orders/1/", patch)
+            assert response.status_int == 200
+            assert response.json == shop("GET", "/orders/1/").json == order
+            assert order_ids_of(shop, f"?reference={order['reference']}&status={status}") == [1]
+    assert shop.stock(mug) == 5
+
+
+def test_an_update_of_an_order_that_is_refused_changes_nothing(shop, mug):
+    shop.order((1, 1))
+    before = everything(shop)
+    names = "status, reference, metadata"
+    body = shop("PATCH", "/orders/1/", {})
+    assert errors_of(body) == {"#": f"The body must have at least one of {names}."}
+    for patch, pointers in [
+        ({"status": "pending"}, ["#/status"]),
+        ({"status": "shipped", "reference": "lost"}, ["#/status"]),
+        ({"status": None, "reference": None}, ["#/status", "#/reference"]),
+        (
+            {"status": "completed", "total_price": 0, "products": []},
+            ["#/products", "#/total_price"],
+        ),
+        ({"metadata": {"a": 1}, "status": "cancelled"}, ["#/metadata/a"]),
+    ]:
+        assert sorted(errors_of(shop("PATCH", "/orders/1/", patch))) == sorted(pointers)
+    assert everything(shop) == before
+    shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    before = everything(shop)
+    lost = {"status": "completed", "reference": "lost", "metadata": {"lost": "x"}}
+    refused = shop("PATCH", "/orders/1/", lost)
+    assert refused.json["type"] == "urn:problem-type:invalid-transition"
+    assert everything(shop) == before
+
+
+def test_money_is_rendered_to_the_cent_up_to_the_limits(shop):
+    prices = "1000000000", "999999999.99", "99999999.99", "999.99", "0.01", "0.07", "1.1"
+    for price in prices:
+        shop("POST", "/products/", f'{{"name":"x","price":{price},"stock":100000}}'.encode())
+    shop.order((3, 100_000), (4, 1))
+    shop.order((1, 10_000))
+    shop("PATCH", "/products/7/", b'{"price": 999999999.01}')
+    prices = "1000000000.0", *prices[1:6], "999999999.01"
+    for query in "", "?limit=7", "?q=x", "?sort=name":
+        sent = re.findall(r'"price":([^,]+)', shop("GET", "/products/" + query).text)
+        assert sent == [*prices]
+    for product_id, price in enumerate(prices, 1):
+        assert f'"price":{price},' in shop("GET", f"/products/{product_id}/").text
+    totals = ["9999999999999.99", "10000000000000.0"]
+    assert re.findall(r'"total_price":([^,]+)', shop("GET", "/orders/").text) == totals
+    for order_id, total in enumerate(totals, 1):
+        assert f'"total_price":{total},' in shop("GET", f"/orders/{order_id}/").text
+
+
+def test_a_key_covers_sku_and_metadata_and_a_repeat_gets_them_again(shop, mug):
+    for path, body, others in [
+        (
+            "/products/",
+            {"name": "x", "price": 1, "sku": "A", "metadata": {"a": "1"}},
+            [{"sku": "B"}, {"sku": ""}, {"metadata": {"a": "2"}}, {"metadata": {}}],
+        ),
+        (
+            "/orders/",
+            order_of((1, 1)) | {"metadata": {"a": "1"}},
+            [{"metadata": {"a": "2"}}, {"metadata": {"b": "1"}}],
+        ),
+    ]:
+        key = {"Idempotency-Key": "key" + path}
+        created = shop("POST", path, body, key)
+        assert created.status_int == 201
+        assert created.json["metadata"] == {"a": "1"}
+        before = everything(shop)
+        again = shop("POST", path, body, key)
+        assert again.body == created.body
+        assert again.headers["Idempotent-Replayed"] == "true"
+        for other in others:
+            refused = shop("POST", path, body | other, key)
+            assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
+        assert everything(shop) == before
 
 
 # ------------------------------------------------------------------------------------- idempotency
@@ -4063,6 +4404,9 @@ def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_
         ("NewProduct", "/products/", {"name": "😀" * 200, "price": 10**9, "description": ""}),
         ("StockUpdate", "/products/1/stock/", {"change": -0.0}),
         ("NewOrder", "/orders/", referring("é" * 200, (1, 1))),
+        *(("NewProduct", "/products/", {"name": "x", "price": 1, "sku": sku}) for sku in SKUS),
+        ("NewProduct", "/products/", {"name": "x", "price": 1, "metadata": FULL_METADATA}),
+        ("NewOrder", "/orders/", order_of((1, 1)) | {"metadata": FULL_METADATA}),
     ]:
         assert list(schema_errors(body, schemas[name])) == []
         assert shop("POST", path, body).status_int in (200, 201)
@@ -4072,8 +4416,42 @@ def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_
         ("OrderUpdate", {"status": "pending"}),
         ("NewOrder", referring("x" * 201, (1, 1))),
         ("NewOrder", referring("\0", (1, 1))),
+        ("OrderUpdate", {}),
+        ("OrderUpdate", {"reference": None}),
+        ("NewOrder", order_of((1, 1)) | {"metadata": FULL_METADATA | {"more": ""}}),
+        ("NewOrder", order_of((1, 1)) | {"metadata": {"a": None}}),
+        ("NewProduct", {"name": "x", "price": 1, "metadata": {"a": None}}),
+        ("NewProduct", {"name": "x", "price": 1, "metadata": FULL_METADATA | {"more": ""}}),
     ]:
         assert any(schema_errors(body, schemas[name])), body
+    for entries, pointers in INVALID_METADATA:
+        if pointers != "#/metadata/surrogate":  # which is said in words
+            for name, body in ("NewProduct", {"name": "x", "price": 1}), ("OrderUpdate", {}):
+                assert any(schema_errors(body | {"metadata": entries}, schemas[name])), entries
+    for name in "ProductUpdate", "OrderUpdate":
+        for entries in {}, {"a": None}, {f"n{number}": None for number in range(99)}:
+            assert list(schema_errors({"metadata": entries}, schemas[name])) == []
+
+
+def test_openapi_describes_metadata_as_a_map_of_strings_and_its_patch_of_nullable_ones():
+    schemas = openapi()["components"]["schemas"]
+    for name in "Product", "NewProduct", "Order", "NewOrder":
+        metadata = schemas[name]["properties"]["metadata"]
+        assert metadata["type"] == "object"
+        assert metadata["maxProperties"] == 50
+        assert metadata["additionalProperties"]["type"] == "string"
+        assert metadata["additionalProperties"]["maxLength"] == 500
+        assert metadata["propertyNames"] == {"pattern": "^[A-Za-z0-9_-]{1,40}$"}
+    for name in "ProductUpdate", "OrderUpdate":
+        metadata = schemas[name]["properties"]["metadata"]
+        assert metadata["additionalProperties"]["type"] == ["string", "null"]
+        assert metadata["additionalProperties"]["maxLength"] == 500
+        assert metadata["propertyNames"] == {"pattern": "^[A-Za-z0-9_-]{1,40}$"}
+        assert "maxProperties" not in metadata
+        assert "Default" not in metadata["description"]
+        path = "/products/1/" if name == "ProductUpdate" else "/orders/1/"
+        content = declared_operation("PATCH", path)["requestBody"]["content"]
+        assert list(content) == ["application/json", "application/merge-patch+json"]
 
 
 def test_dockerfile_compose_file_and_readme_agree(tmp_path):
