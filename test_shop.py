@@ -7653,7 +7653,9 @@ class Model:
 
     def __init__(self):
         self.changes = {}  # of the stock of each product that there is
-        self.orders = {}  # id: [status, {product_id: quantity}]
+        self.skus = {}  # of the same products
+        self.orders = {}  # id: [status, {product_id: quantity}, {product_id: sku}]
+        self.metadata = {}  # of each product and order, by its path
 
     def stock(self, product):
         return sum(self.changes[product])
@@ -7665,6 +7667,21 @@ class Model:
         self.changes[product] += [change] if change else []
         return 200
 
+    def has_sku(self, sku, product=None):
+        """Whether a product other than this one has the sku."""
+        return any(sku == self.skus[other] != "" for other in self.skus if other != product)
+
+    def merge(self, path, patch):
+        merged = self.metadata.get(path, {}) | patch
+        self.metadata[path] = {name: text for name, text in merged.items() if text is not None}
+
+    def update_product(self, product, stock, sku, patch):
+        if self.has_sku(sku, product):
+            return 409
+        self.skus[product] = sku
+        self.merge(f"/products/{product}/", patch)
+        return self.move(product, stock - self.stock(product))
+
     def order(self, lines):
         if not lines.keys() <= self.changes.keys():
             return 422
@@ -7674,10 +7691,11 @@ class Model:
             self.move(product, -quantity)
         return 201
 
-    def update_order(self, order_id, status):
+    def update_order(self, order_id, status, patch):
         order = self.orders[order_id]
-        if order[0] not in ("pending", status):
+        if (order[0], status) == ("cancelled", "completed"):
             return 409
+        self.merge(f"/orders/{order_id}/", patch)
         for product in order[1].keys() & self.changes.keys() if order[0] != status else ():
             if status == "cancelled":
                 room = db.MAX_STOCK - self.stock(product)
@@ -7689,8 +7707,8 @@ class Model:
 class Player:
     """A thread that writes at random, and its model.
 
-    Each has products and orders of its own, so that its model is exact: what the threads share is
-    the database, its ids and the Store.
+    Each has products, skus and orders of its own, so that its model is exact: what the threads
+    share is the database, its ids and the Store.
     """
 
     def __init__(self, app, number):
@@ -7724,6 +7742,12 @@ class Player:
     def product(self):
         return self.dice.choice([*self.model.changes, *self.deleted])
 
+    def sku(self):
+        return self.dice.choice(["", *(f"{self.number}-{letter}" for letter in "abcdef")])
+
+    def metadata(self, *texts):
+        return {name: self.dice.choice(texts) for name in self.dice.sample("abc", 2)}
+
     def if_match(self, product):
         """No condition, one that holds, or one that does not; and whether it lets a write pass."""
         kind = self.dice.randrange(4)
@@ -7738,8 +7762,13 @@ class Player:
             self.send("POST", "/products/", {"name": "", "price": 1, "stock": stock}, 422)
             return
         body = {"name": "x", "price": 0.1, "stock": stock}
-        product = self.send("POST", "/products/", body, 201).json["id"]
-        self.model.changes[product] = [stock] if stock else []
+        body |= {"sku": self.sku(), "metadata": self.metadata("1", "2")}
+        due = 409 if self.model.has_sku(body["sku"]) else 201
+        response = self.send("POST", "/products/", body, due)
+        if due == 201:
+            product = response.json["id"]
+            self.model.changes[product] = []
+            self.model.update_product(product, stock, body["sku"], body["metadata"])
 
     def write_product(self, method, path, body, act):
         """A write to a product under a condition; act() is what the model makes of it."""
@@ -7752,13 +7781,14 @@ class Player:
         return product, due
 
     def update_product(self):
-        stock = self.dice.choice([0, 20, 20, db.MAX_STOCK])
+        body = {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
+        body |= {"sku": self.sku(), "metadata": self.metadata(None, "1", "2")}
 
         def act(product):
-            return self.model.move(product, stock - self.model.stock(product))
+            return self.model.update_product(product, *body.values())
 
-        body = {"stock": stock, "price": self.dice.randrange(100)}
-        self.write_product("PATCH", "/products/{}/", body, act)
+        price = {"price": self.dice.randrange(100)}
+        self.write_product("PATCH", "/products/{}/", body | price, act)
         self.send("PATCH", f"/products/{self.product()}/", {"stock": -1}, 422)
 
     def update_stock(self):
@@ -7773,6 +7803,7 @@ class Player:
             product, due = self.write_product("DELETE", "/products/{}/", None, lambda product: 204)
             if due == 204:
                 del self.model.changes[product]
+                del self.model.skus[product]
                 self.deleted.add(product)
         if not self.model.changes:
             self.create_product()
@@ -7780,13 +7811,16 @@ class Player:
     def create_order(self):
         lines = {self.product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))}
         body = order_of(*lines.items()) | {"reference": str(self.number)}
+        body["metadata"] = self.metadata("1", "2")
         if self.dice.random() < 0.1:
             body["products"][0]["quantity"] = 0
             self.send("POST", "/orders/", body, 422)
             return
         response = self.send("POST", "/orders/", body, self.model.order(lines))
         if response.status_int == 201:
-            self.model.orders[response.json["id"]] = ["pending", lines]
+            skus = {product: self.model.skus[product] for product in lines}
+            self.model.orders[response.json["id"]] = ["pending", lines, skus]
+            self.model.merge(response.headers["Location"], body["metadata"])
 
     def update_order(self):
         if self.model.orders:
@@ -7796,8 +7830,9 @@ class Player:
                 headers = {"If-Match": '"stale"'}
                 self.send("PATCH", path, {"status": "cancelled"}, 412, headers)
             status = self.dice.choice(["completed", "cancelled", "cancelled"])
-            due = self.model.update_order(order_id, status)
-            self.send("PATCH", path, {"status": status}, due)
+            patch = self.metadata(None, "1", "2")
+            due = self.model.update_order(order_id, status, patch)
+            self.send("PATCH", path, {"status": status, "metadata": patch}, due)
             self.send("PATCH", path, {"status": "pending"}, 422)
 
     def play(self, turns):
@@ -7817,13 +7852,17 @@ def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop,
         for product, changes in model.changes.items():
             steps = steps_of(shop, product)
             assert [change for change, *_ in steps] == changes
-            assert shop.stock({"id": product}) == sum(changes)
+            found = shop("GET", f"/products/{product}/").json
+            assert (found["stock"], found["sku"]) == (sum(changes), model.skus[product])
+            assert found["metadata"] == model.metadata[f"/products/{product}/"]
         for product in player.deleted:
             assert shop("GET", f"/products/{product}/stock/").status_int == 404
-        for order_id, (status, lines) in model.orders.items():
+        for order_id, (status, lines, skus) in model.orders.items():
             order = shop("GET", f"/orders/{order_id}/").json
             quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
             assert (order["status"], quantities) == (status, lines)
+            assert {line["product_id"]: line["sku"] for line in order["products"]} == skus
+            assert order["metadata"] == model.metadata[f"/orders/{order_id}/"]
         number_of_orders += len(model.orders)
     with connect(database) as connection:
         counts = connection.execute("""
