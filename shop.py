@@ -619,7 +619,7 @@ def field_name(path: tuple) -> str:
         return "The body"
     if isinstance(path[-1], int):
         return f"Item {path[-1]}"
-    return path[-1]
+    return path[-1] or '""'
 
 
 def locate(path: tuple, is_query: bool) -> dict:

@@ -404,7 +404,7 @@ def test_absurd_numbers_are_refused_at_once(shop, number):
 
 
 def test_all_errors_are_reported_at_once(shop):
-    body = {"price": "1", "stock": -1, "colour": "red", "a/b~c d": 1}
+    body = {"price": "1", "stock": -1, "colour": "red", "a/b~c d": 1, "": 1}
     response = shop("POST", "/products/", body)
     allowed = "allowed: name, description, price, stock, sku, metadata."
     assert errors_of(response) == {
@@ -413,9 +413,10 @@ def test_all_errors_are_reported_at_once(shop):
         "#/stock": "stock must be 0 to 1000000000.",
         "#/colour": f"colour is an unknown field; {allowed}",
         "#/a~1b~0c%20d": f"a/b~c d is an unknown field; {allowed}",
+        "#/": f'"" is an unknown field; {allowed}',
     }
-    assert response.json["detail"].startswith("5 errors: ")
-    assert response.json["detail"].endswith("; and 2 more.")
+    assert response.json["detail"].startswith("6 errors: ")
+    assert response.json["detail"].endswith("; and 3 more.")
 
 
 @pytest.mark.parametrize(
