@@ -122,7 +122,7 @@ SKU = {
     "type": "string",
     "maxLength": 64,
     "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?$",
-    "message": "must be text without NUL, and without white space at its ends",
+    "message": "must have no NUL, and no white space or control characters at its ends",
     "description": "The shop's own article number, unique where it is not empty.",
 }
 METADATA: dict = {

@@ -1547,6 +1547,12 @@ def test_products_are_found_by_their_sku_or_by_having_none(shop):
     assert shop("GET", "/products/?sku=&limit=1").json["next"] == "/products/?sku=&limit=1&after=2"
 
 
+def test_the_error_of_a_sku_names_all_that_it_may_not_have(shop):
+    response = shop("POST", "/products/", {"name": "x", "price": 1, "sku": "x\x1b"})
+    detail = "sku must have no NUL, and no white space or control characters at its ends."
+    assert errors_of(response) == {"#/sku": detail}
+
+
 def assert_duplicate(response, product_id, sku):
     assert response.status_int == 409, response
     assert response.json["type"] == "urn:problem-type:duplicate-sku"
