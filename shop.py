@@ -67,7 +67,7 @@ from waitress.utilities import BadRequest, build_http_date
 import db
 
 VERSION = "1.0.0"
-MAX_BODY = 128 << 10  # bytes: the largest that can be valid has 123 KiB
+MAX_BODY = 128 << 10  # bytes; only texts that are nearly all as long as they may be need more
 MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
 MAX_PARAMETERS = 20  # of a query
 TOO_LARGE = f"The body may have {MAX_BODY} bytes."
