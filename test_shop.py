@@ -971,6 +971,13 @@ def test_a_page_of_products_goes_on_by_index_in_every_order(shop, mug, monkeypat
         assert sort.endswith("id") or re.search(rf"\b{index}\b", plan), plan
 
 
+@pytest.mark.parametrize("query", ["", "&sort=-name", "&q=x", "&sort=price&limit=2&after=1"])
+def test_a_product_is_found_by_the_index_of_skus_and_by_nothing_else(shop, mug, monkeypatch, query):
+    plan = plans_of(shop, monkeypatch, f"/products/?sku=MUG{query}")[-1]
+    assert re.search(r"SEARCH product USING INDEX product_by_sku\b", plan), plan
+    assert not re.search(r"SCAN product", plan), plan
+
+
 @pytest.mark.parametrize("sort", ["id", "-id"])
 @pytest.mark.parametrize(
     "query, index",
