@@ -7776,7 +7776,7 @@ class Player:
             self.send("POST", "/products/", {"name": "", "price": 1, "stock": stock}, 422)
             return
         body = {"name": "x", "price": 0.1, "stock": stock}
-        body |= {"sku": self.sku(), "metadata": self.metadata("1", "2")}
+        body |= {"sku": self.sku(), "metadata": self.metadata("", "1")}
         due = 409 if self.model.has_sku(body["sku"]) else 201
         response = self.send("POST", "/products/", body, due)
         if due == 201:
@@ -7796,7 +7796,7 @@ class Player:
 
     def update_product(self):
         body = {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
-        body |= {"sku": self.sku(), "metadata": self.metadata(None, "1", "2")}
+        body |= {"sku": self.sku(), "metadata": self.metadata(None, "", "1")}
 
         def act(product):
             return self.model.update_product(product, *body.values())
@@ -7825,7 +7825,7 @@ class Player:
     def create_order(self):
         lines = {self.product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))}
         body = order_of(*lines.items()) | {"reference": str(self.number)}
-        body["metadata"] = self.metadata("1", "2")
+        body["metadata"] = self.metadata("", "1")
         if self.dice.random() < 0.1:
             body["products"][0]["quantity"] = 0
             self.send("POST", "/orders/", body, 422)
@@ -7844,7 +7844,7 @@ class Player:
                 headers = {"If-Match": '"stale"'}
                 self.send("PATCH", path, {"status": "cancelled"}, 412, headers)
             status = self.dice.choice(["completed", "cancelled", "cancelled"])
-            patch = self.metadata(None, "1", "2")
+            patch = self.metadata(None, "", "1")
             due = self.model.update_order(order_id, status, patch)
             self.send("PATCH", path, {"status": status, "metadata": patch}, due)
             self.send("PATCH", path, {"status": "pending"}, 422)
