@@ -167,7 +167,10 @@ IS_OF_TYPE = {
     "integer": lambda value: IS_OF_TYPE["number"](value) and value == int(value),
 }
 HOLDS = {
-    "type": lambda value, types: any(IS_OF_TYPE[kind](value) for kind in as_list(types)),
+    # A type or a list of types, no name of which is part of another.
+    "type": lambda value, types: any(
+        IS_OF_TYPE[kind](value) for kind in IS_OF_TYPE if kind in types
+    ),
     "enum": lambda value, values: value in values,
     "const": lambda value, constant: value == constant,
     "minimum": lambda value, least: not IS_OF_TYPE["number"](value) or value >= least,
@@ -183,10 +186,6 @@ HOLDS = {
 ANNOTATIONS = {"description", "examples", "format"}
 
 
-def as_list(value):
-    return value if isinstance(value, list) else [value]
-
-
 def schema_errors(value, schema, path="#", *, closed=False):
     """Where a value breaks a schema of /openapi.json, and by which keyword.
 
@@ -194,14 +193,15 @@ def schema_errors(value, schema, path="#", *, closed=False):
     it: no response of ours may have one.
     """
     schema = resolve(schema)
+    fields = value if isinstance(value, dict) else {}
     for keyword, argument in schema.items():
         if keyword in HOLDS:
             if not HOLDS[keyword](value, argument):
                 yield f"{path} {keyword}"
         elif keyword == "properties":
-            for name in argument.keys() & as_fields(value).keys():
+            for name in argument.keys() & fields.keys():
                 yield from schema_errors(
-                    value[name], argument[name], f"{path}/{name}", closed=closed
+                    fields[name], argument[name], f"{path}/{name}", closed=closed
                 )
         elif keyword == "items":
             for position, item in enumerate(value if isinstance(value, list) else []):
@@ -211,12 +211,8 @@ def schema_errors(value, schema, path="#", *, closed=False):
         else:
             assert keyword == "additionalProperties" or keyword in ANNOTATIONS, keyword
     if schema.get("additionalProperties") is False or (closed and "properties" in schema):
-        for name in as_fields(value).keys() - schema["properties"].keys():
+        for name in fields.keys() - schema["properties"].keys():
             yield f"{path}/{name} additionalProperties"
-
-
-def as_fields(value):
-    return value if isinstance(value, dict) else {}
 
 
 def branch_of(schemas, value):
@@ -273,21 +269,16 @@ def bearer(token):
 
 
 def errors_of(response):
-    """From the pointer or parameter of each error of a 422 to what is wrong there."""
+    """What is wrong at each pointer or parameter that a 422 names."""
     assert response.status_int == 422, response
     assert response.json["type"] == "urn:problem-type:validation"
     errors = response.json["errors"]
-    assert response.json["detail"] == summary_of([error["detail"] for error in errors])
+    parts = [error["detail"].removesuffix(".") for error in errors[:3]]
+    if len(errors) > 3:
+        parts.append(f"and {len(errors) - 3} more")
+    noun = "error" if len(errors) == 1 else "errors"
+    assert response.json["detail"] == f"{len(errors)} {noun}: {'; '.join(parts)}."
     return {error.get("pointer", error.get("parameter")): error["detail"] for error in errors}
-
-
-def summary_of(details):
-    """The detail that counts the errors and names the first three."""
-    parts = [detail.removesuffix(".") for detail in details[:3]]
-    if len(details) > 3:
-        parts.append(f"and {len(details) - 3} more")
-    noun = "error" if len(details) == 1 else "errors"
-    return f"{len(details)} {noun}: {'; '.join(parts)}."
 
 
 def at_once(number, work):
@@ -703,15 +694,6 @@ def test_a_read_is_answered_304_as_long_as_nothing_has_changed(shop, mug):
         fresh = shop("GET", path, None, {"If-None-Match": etag})
         assert fresh.status_int == 200
         assert fresh.headers["ETag"] != etag
-
-
-def test_a_read_never_misses_a_change_made_by_another_process(make_shop, shop, mug):
-    other = make_shop()  # has connections of its own, as another process has
-    for price in range(1, 30):
-        writer = other if price % 2 else shop
-        writer("PATCH", "/products/1/", {"price": price})
-        assert shop("GET", "/products/1/").json["price"] == price
-        assert shop("GET", "/products/").json["products"][0]["price"] == price
 
 
 # ----------------------------------------------------------------------------------------- sorting
@@ -1228,25 +1210,22 @@ def test_orders_are_paged_filtered_and_polled(shop):
         shop.order((1, 1))
     for number in 2, 3, 5:
         shop("PATCH", f"/orders/{number}/", {"status": "completed"})
-
-    def list_ids(query):
+    for query, ids, next_path in [
+        ("", [*range(1, 101)], "/orders/?after=100"),
+        ("?after=100", [*range(101, 106)], None),
+        ("?after=105", [], None),
+        ("?limit=1000", [*range(1, 106)], None),
+        ("?after=0&limit=105", [*range(1, 106)], None),
+        ("?status=completed&limit=2", [2, 3], "/orders/?status=completed&limit=2&after=3"),
+        ("?status=completed&limit=2&after=3", [5], None),
+        ("?status=cancelled", [], None),
+    ]:
         page = shop("GET", "/orders/" + query)
-        path = page.json["next"]
-        assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
-        return [order["id"] for order in page.json["orders"]], path
-
-    assert list_ids("") == (list(range(1, 101)), "/orders/?after=100")
-    assert list_ids("?after=100") == (list(range(101, 106)), None)
-    assert list_ids("?after=105") == ([], None)
-    assert list_ids("?limit=1000") == (list(range(1, 106)), None)
-    assert list_ids("?after=0&limit=105")[1] is None
-    second_page = "/orders/?status=completed&limit=2&after=3"
-    assert list_ids("?status=completed&limit=2") == ([2, 3], second_page)
-    assert list_ids("?status=completed&limit=2&after=3") == ([5], None)
-    assert list_ids("?status=cancelled") == ([], None)
+        assert [order["id"] for order in page.json["orders"]] == ids
+        assert page.json["next"] == next_path
+        assert page.headers.get("Link") == (f'<{next_path}>; rel="next"' if next_path else None)
     for query in "limit=1001", "status=lost", "status=", "q=x":
-        name = query.partition("=")[0]
-        assert list(errors_of(shop("GET", "/orders/?" + query))) == [name]
+        assert list(errors_of(shop("GET", "/orders/?" + query))) == [query.partition("=")[0]]
 
 
 def test_cancelling_puts_the_stock_back_exactly_once(shop, mug):
@@ -1269,16 +1248,6 @@ def test_a_completed_order_stays_completed(shop, mug):
     assert shop("GET", "/orders/1/").json["status"] == "completed"
     for body in {"status": "shipped"}, {"status": 5}, {}, {"status": "completed", "total_price": 0}:
         assert errors_of(shop("PATCH", "/orders/1/", body))
-
-
-def test_neither_a_deleted_product_nor_a_full_stock_blocks_a_cancel(shop):
-    _, full, normal = shop.product(), shop.product(), shop.product()
-    shop.order((1, 2), (2, 2), (3, 2))
-    shop("DELETE", "/products/1/")
-    shop("PATCH", "/products/2/", {"stock": 999_999_999})
-    assert shop("PATCH", "/orders/1/", {"status": "cancelled"}).status_int == 200
-    assert shop.stock(full) == 10**9
-    assert shop.stock(normal) == 5
 
 
 # --- references
@@ -1337,13 +1306,8 @@ def test_orders_are_found_by_their_reference(shop):
         ("", [1, 2, 3, 4, 5, 6, 7]),
     ]:
         assert order_ids_of(shop, query) == ids, query
-    for query in (
-        "reference=" + "x" * 201,
-        "reference=%00",
-        "reference=%FF",
-        "reference=a&reference=a",
-    ):
-        assert list(errors_of(shop("GET", "/orders/?" + query))) == ["reference"]
+    for value in "x" * 201, "%00", "%FF", "a&reference=a":
+        assert list(errors_of(shop("GET", "/orders/?reference=" + value))) == ["reference"]
 
 
 def test_the_url_of_the_next_page_carries_the_reference(shop):
@@ -1376,13 +1340,6 @@ def test_the_table_of_orders_refuses_what_is_no_reference(shop, mug, database, r
         connection.execute("UPDATE orders SET reference = ?", (reference,))
 
 
-def test_the_same_key_with_another_reference_is_another_request(shop, mug):
-    key = {"Idempotency-Key": "k"}
-    assert shop("POST", "/orders/", referring("a", (1, 1)), key).status_int == 201
-    refused = shop("POST", "/orders/", referring("b", (1, 1)), key)
-    assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
-
-
 # ------------------------------------------------------------------------------------- idempotency
 
 
@@ -1409,10 +1366,10 @@ def test_a_key_with_another_request_is_refused(shop, mug):
     shop("POST", "/orders/", order_of((1, 1)), key)
     for path, body in [
         ("/orders/", order_of((1, 2))),
+        ("/orders/", referring("b", (1, 1))),
         ("/products/", {"name": "x", "price": 1}),
     ]:
         refused = shop("POST", path, body, key)
-        assert refused.status_int == 422
         assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
     assert shop.stock(mug) == 4
 
@@ -1711,21 +1668,20 @@ def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
         assert response.headers["Vary"] == "Origin"
 
 
-def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_made_for(tmp_path):
-    others = ["https://other.example", "http://localhost:3000", "https://no.example", None]
-    server = Server(tmp_path, CORS_ORIGINS=f"{ORIGIN} {others[0]},{others[1]}").start()
+def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_made_for(start_server):
+    listed = [ORIGIN, "https://other.example", "http://localhost:3000"]
+    server = start_server(CORS_ORIGINS=" ".join(listed))
     server.product(stock=9)
     for _ in range(3):
         for path in "/products/1/", "/products/", "/products/?limit=1", "/":
-            for origin in ORIGIN, *others:
+            for origin in *listed, "https://no.example", None:
                 response = server("GET", path, **({"Origin": origin} if origin else {}))
-                allowed = origin if origin in (ORIGIN, *others[:2]) else None
+                allowed = origin if origin in listed else None
                 assert response.headers["Access-Control-Allow-Origin"] == allowed
                 assert "Origin" in names_in(response.headers["Vary"])
         for accept, media_type in ("text/html", "text/html"), ("*/*", "application/json"):
             response = server("GET", "/", Accept=accept)
             assert response.headers.get_content_type() == media_type
-    server.assert_ends_well()
 
 
 def test_origins_are_separated_by_blanks_commas_or_both(make_shop):
@@ -2042,7 +1998,7 @@ class Server:
             timeout=30,
         )
 
-    def start(self, program=None):
+    def start(self, program=None, *, reads_log=True):
         """Start it, or a program that does so in its own way, and wait until it listens."""
         command = ["-c", program] if program else [HERE / "shop.py"]
         with (self.folder / "stderr").open("a") as stderr:
@@ -2062,7 +2018,8 @@ class Server:
         self.reader = threading.Thread(
             target=lambda: self.log.extend(self.process.stdout), daemon=True
         )
-        self.reader.start()
+        if reads_log:
+            self.reader.start()
         return self
 
     def end(self, number=signal.SIGTERM):
@@ -2143,12 +2100,25 @@ def read_to_end(connection):
 
 
 @pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path).start()
-    yield server
-    if server.process.poll() is None:
-        assert server.end()[0] == 0
-    assert server.stderr() == ""
+def start_server(tmp_path):
+    """Starts servers, which must end well; setup is Python that runs before."""
+    servers = []
+
+    def start(setup="", **settings):
+        program = f"import gc, resource, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
+        servers.append(Server(tmp_path, **settings).start(program if setup else None))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            assert server.end()[0] == 0
+        assert "DEBUG" in server.settings or server.stderr() == ""
+
+
+@pytest.fixture
+def server(start_server):
+    return start_server()
 
 
 @pytest.fixture(scope="module")
@@ -2159,26 +2129,11 @@ def shared_server(tmp_path_factory):
     server.assert_ends_well()
 
 
-class Attempt:
-    """An order that was sent, and its response where one came."""
-
-    def __init__(self, key, body):
-        self.key = key
-        self.body = body
-        self.response = None
-
-
-def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(tmp_path):
-    server = Server(tmp_path).start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(server, database):
     for number in range(1000):
-        body = json.dumps({"name": f"P{number}", "price": 1.25, "stock": 1000})
-        connection.request("POST", "/products/", body, JSON)
-        response = connection.getresponse()
-        response.read()
-        assert response.status == 201
-    connection.close()
-    attempts = []
+        assert server.product(name=f"P{number}", price=1.25, stock=1000).status == 201
+    sent = {}  # the body of each order, by its key
+    received = {}  # the response, where one came
     stop = threading.Event()
 
     def buy(run, n):
@@ -2187,13 +2142,13 @@ def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(
         for number in range(10**6):
             products = dice.sample(range(1, 1001), 3)
             body = order_of(*((product, dice.randint(1, 3)) for product in products))
-            attempt = Attempt(f"{run}-{n}-{number}", body)
-            attempts.append(attempt)
-            headers = JSON | {"Idempotency-Key": attempt.key}
+            key = f"{run}-{n}-{number}"
+            sent[key] = body
             try:
+                headers = JSON | {"Idempotency-Key": key}
                 connection.request("POST", "/orders/", json.dumps(body), headers)
                 response = connection.getresponse()
-                attempt.response = response.status, json.loads(response.read())
+                received[key] = response.status, json.loads(response.read())
             except (OSError, http.client.HTTPException):
                 return
             if stop.is_set():
@@ -2201,32 +2156,24 @@ def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(
 
     for run in 1, 2:
         threads = start_threads(30, functools.partial(buy, run))
-        while sum(attempt.response is not None for attempt in attempts) < 300 * run:
-            time.sleep(0)
+        wait_for(lambda run=run: len(received) >= 300 * run, 60)
         assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
         join_all(threads)
         server.start()
     stop.set()
-    acknowledged = 0
-    for attempt in attempts:
-        again = server("POST", "/orders/", attempt.body, **{"Idempotency-Key": attempt.key})
+    for key, body in sent.items():
+        again = server("POST", "/orders/", body, **{"Idempotency-Key": key})
         assert again.status == 201
-        if attempt.response and attempt.response[0] == 201:
-            acknowledged += 1
-            assert again.json == attempt.response[1]
+        if key in received:
+            assert received[key] == (201, again.json)
             assert again.headers["Idempotent-Replayed"] == "true"
-    assert acknowledged >= 600
-    orders = []
-    path = "/orders/?limit=1000"
-    while path:
-        page = server("GET", path).json
-        orders += page["orders"]
-        path = page["next"]
-    assert len(orders) == len(attempts)
-    sold = sum(line["quantity"] for order in orders for line in order["products"])
-    products = server("GET", "/products/").json["products"]
-    assert sum(product["stock"] for product in products) == 1_000_000 - sold
-    server.assert_ends_well()
+    assert server.end()[0] == 0
+    with connect(database) as connection:
+        sql = "SELECT count(DISTINCT order_id), sum(quantity) FROM order_line"
+        orders, sold = connection.execute(sql).fetchone()
+        [left] = connection.execute("SELECT sum(stock) FROM product").fetchone()
+    assert orders == len(sent)
+    assert left == 1_000_000 - sold
     assert server.run("check").stdout == "db.sqlite3: sound\n"
 
 
@@ -2458,10 +2405,8 @@ def test_idle_and_slow_clients_do_not_hold_up_the_others(server):
         connection.close()
 
 
-def test_idle_connections_and_requests_that_drip_in_are_closed(tmp_path):
-    server = Server(tmp_path).start(
-        "import shop; shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1; shop.main([])"
-    )
+def test_idle_connections_and_requests_that_drip_in_are_closed(start_server):
+    server = start_server("shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1")
     for beginning in b"", POST, b"\r\n", POST[:20], POST[:-3]:
         with server.connect() as connection:
             connection.sendall(beginning)
@@ -2472,7 +2417,6 @@ def test_idle_connections_and_requests_that_drip_in_are_closed(tmp_path):
                     with contextlib.suppress(OSError):
                         connection.send(b"x" if beginning == POST[:20] else b"")
             assert 0.5 < time.monotonic() - started < 4
-    server.assert_ends_well()
 
 
 def test_an_idle_connection_outlives_those_of_the_proxies_in_front():
@@ -2480,20 +2424,14 @@ def test_an_idle_connection_outlives_those_of_the_proxies_in_front():
     assert shop_module.REQUEST_TIMEOUT == 30
 
 
-def test_a_write_may_wait_for_the_lock_longer_than_an_idle_connection_lives(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import shop\n"
-        "shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1\n"
-        "shop.LOCK_TIMEOUT = 3\n"
-        "shop.main([])\n"
-    )
+def test_a_write_may_wait_for_the_lock_longer_than_an_idle_connection_lives(start_server, database):
+    server = start_server("shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1; shop.LOCK_TIMEOUT = 3")
     other = lock(database)
     with server.connect() as connection:
         connection.sendall(POST * 2 + HEAD)
         assert connection.recv(20) == b"HTTP/1.1 503 Service"
     other.close()
     assert server.product().status == 201
-    server.assert_ends_well()
 
 
 def fill(database, products, size=10_000):
@@ -2615,10 +2553,8 @@ def test_clients_that_vanish_leave_nothing_behind(server):
     assert server.order().status == 201
 
 
-def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import shop; shop.LOCK_TIMEOUT = 2; raise SystemExit(shop.main([]))"
-    )
+def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(start_server, database):
+    server = start_server("shop.LOCK_TIMEOUT = 2")
     product = server.product(stock=9).json
     other = lock(database)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -2642,15 +2578,14 @@ def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(tmp_pa
         assert [order.result().status for order in orders] == [201] * 3
     other.close()
     assert server("GET", "/products/1/").json["stock"] == 6
-    server.assert_ends_well()
 
 
-def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tmp_path, database):
+def test_a_database_that_is_locked_at_the_start_is_used_once_it_is_free(start_server, database):
     with connect(database) as connection:
         connection.execute("PRAGMA user_version = 0")
     other = lock(database)
     other.execute("CREATE TABLE _litestream_seq (x)")
-    server = Server(tmp_path).start()
+    server = start_server()
     response = server("GET", "/products/")
     assert response.status == 503
     assert response.headers["Retry-After"] == "1"
@@ -2659,38 +2594,40 @@ def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tm
     other.close()
     assert server.product().status == 201
     assert server("GET", "/healthz").status == 200
-    server.assert_ends_well()
 
 
-def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import resource, shop\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1))\n"
-        "raise SystemExit(shop.main([]))\n"
-    )
+def set_file_size(server, limit):
+    """Limit the files of a server to so many bytes, as a full disk would; -1 ends it."""
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (limit, -1))
+
+
+def fill_disk(server):
+    """Create products until the disk is full; returns how many, and the last response."""
+    set_file_size(server, 900_000)
     created = 0
-    while True:
-        response = server.product(description="y" * 10_000, stock=9)
-        if response.status != 201:
-            break
+    while (response := server.product(description="y" * 10_000, stock=9)).status == 201:
         created += 1
+    assert created > 10
+    return created, response
+
+
+def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(server, database):
+    created, response = fill_disk(server)
     assert response.status == 503
     assert response.headers["Retry-After"] == "1"
     full = "The disk is full.", "The disk cannot be read or written."
     assert response.json["detail"] in full
-    assert created > 10
     assert len(server("GET", "/products/").json["products"]) == created
     body = json.dumps({"name": "x", "description": "y" * 9000, "price": 1}).encode()
     head = HEAD + b"Content-Length: %d\r\n" % len(body)
-    # Not even a WAL that has been emptied has room now.
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
+    set_file_size(server, 1)  # not even a WAL that has been emptied has room now
     # The 100 Continue of the second request must not take a 201 of the first along.
     responses = server.send(head + b"\r\n" + body + head + b"Expect: 100-continue\r\n\r\n")
     assert [response.status for response in responses] == [503, 100]
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    set_file_size(server, -1)
     assert server.order().status == 201
     assert server.product().json["id"] == created + 1
-    server.assert_ends_well()
+    assert server.end()[0] == 0
     assert db.check_integrity(database) == []
 
 
@@ -2733,18 +2670,19 @@ def test_the_access_log_has_one_line_a_request(server):
         assert re.fullmatch(stamp + pattern + r" \d+\.\d\n", line), line
 
 
-def test_the_log_says_how_long_each_request_of_one_packet_took(server, database):
-    fill(database, 300)
-    responses = server.send(b"GET /products/?q=y HTTP/1.1\r\nHost: x\r\n\r\n" + GET_HEALTH)
-    assert [response.status for response in responses] == [200, 200]
+def test_the_log_says_how_long_each_request_of_one_packet_took(start_server):
+    server = start_server(SLOW_LISTS)
+    with server.connect() as connection:
+        connection.sendall(GET_PRODUCTS + closing(GET_HEALTH))
+        assert read_to_end(connection).count(b"HTTP/1.1 200 OK") == 2
     server.end()
     first, second = (float(line.split()[-1]) for line in server.log[2:])
     assert first > second
-    assert first > 1
+    assert first > 500
 
 
-def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
-    server = Server(tmp_path, ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true").start()
+def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(start_server):
+    server = start_server(ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true")
     product = {"name": "x", "price": 1}
     assert server("POST", "/products/", product, **bearer("s3cret")).status == 201
     server.end()
@@ -2754,16 +2692,7 @@ def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
 
 
 def test_nobody_needs_to_read_the_log(tmp_path):
-    server = Server(tmp_path)
-    server.process = subprocess.Popen(
-        [sys.executable, HERE / "shop.py"],
-        cwd=tmp_path,
-        env=server.environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    server.port = int(re.search(r":(\d+)/", server.process.stdout.readline())[1])
+    server = Server(tmp_path).start(reads_log=False)
     for _ in range(4):
         # 100 KB of log lines, and a pipe holds 64
         assert len(server.send(GET_PRODUCTS * 400)) == 400
@@ -3191,7 +3120,7 @@ def test_a_backup_under_load_is_one_consistent_state(server, tmp_path):
     join_all(threads)
 
 
-def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
+def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
     server.product()
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "used-wal").write_text("")
@@ -3207,26 +3136,14 @@ def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
         result = server.run("backup", *arguments)
         assert result.returncode == 1, result
         assert re.fullmatch(r"shop: [^\n]+\n", result.stderr), result
+        # The option that helps is named, and only where it does.
+        assert arguments != ["mine"] or re.search("mine.*--overwrite", result.stderr)
+        assert "--overwrite" not in arguments or "--overwrite" not in result.stderr
     assert (tmp_path / "mine").read_text() == "mine"
     assert server("GET", "/products/1/").status == 200
     assert server.run("backup", "mine", "--overwrite").returncode == 0
     assert not list(tmp_path.glob("*partial*"))
     assert server.run("check", "mine").returncode == 0
-
-
-def test_a_backup_onto_a_file_names_the_option_that_replaces_it(server, tmp_path):
-    server.product()
-    (tmp_path / "mine").write_text("mine")
-    refused = server.run("backup", "mine")
-    assert refused.returncode == 1
-    assert "mine" in refused.stderr
-    assert "--overwrite" in refused.stderr
-    assert (tmp_path / "mine").read_text() == "mine"
-    assert server.run("backup", "mine", "--overwrite").returncode == 0
-    for target in "db.sqlite3", ".":  # which --overwrite does not replace
-        refused = server.run("backup", target, "--overwrite")
-        assert refused.returncode == 1
-        assert "--overwrite" not in refused.stderr
 
 
 def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_path):
@@ -3238,32 +3155,20 @@ def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_pat
         assert re.fullmatch(rf"shop: [^\n]*\b{name}\b[^\n]*\n", result.stderr)
 
 
-@pytest.mark.parametrize(
-    "statements, message",
-    [
-        (
-            "UPDATE orders SET total = total + 1",
-            "Order 1 has a total of 1000 cents, but 1 lines that make 999.",
-        ),
-        (
-            "DELETE FROM order_line",
-            "Order 1 has a total",
-        ),
-        (
-            "PRAGMA ignore_check_constraints = ON; UPDATE product SET stock = -1",
-            "CHECK constraint failed in product",
-        ),
-        (
-            "PRAGMA foreign_keys = OFF; DELETE FROM orders",
-            "A row of order_line refers to a missing row of orders.",
-        ),
-    ],
-)
-def test_check_finds_planted_damage(shop, mug, database, tmp_path, statements, message):
+DAMAGE = {
+    "UPDATE orders SET total = total + 1": "a total of 1000 cents, but 1 lines that make 999.",
+    "DELETE FROM order_line": "Order 1 has a total",
+    "UPDATE product SET stock = -1": "CHECK constraint failed in product",
+    "DELETE FROM orders": "A row of order_line refers to a missing row of orders.",
+}
+
+
+@pytest.mark.parametrize("statement, message", DAMAGE.items())
+def test_check_finds_planted_damage(shop, mug, database, tmp_path, statement, message):
     shop.order((1, 1))
     assert Server(tmp_path).run("check").stdout == "db.sqlite3: sound\n"
     with connect(database) as connection:
-        connection.executescript(statements)
+        connection.executescript(f"PRAGMA ignore_check_constraints = ON; {statement}")
     result = Server(tmp_path).run("check")
     assert result.returncode == 1
     assert message in result.stdout
@@ -3305,15 +3210,11 @@ def test_help_lists_every_command_and_every_setting(tmp_path):
     [
         (["bakcup"], "unknown command 'bakcup'"),
         (["--nonsense"], "unknown option '--nonsense'"),
-        (["-x"], "unknown option '-x'"),
-        (["backup", "--force", "x"], "unknown option '--force'"),
         (["check", "-x"], "unknown option '-x'"),
         (["serve", "--overwrite"], "unknown option '--overwrite'"),
         (["x" * 5000], "unknown command 'xxx"),
         (["two\nlines"], "unknown command 'two"),
         (["backup"], "backup"),
-        (["backup", "a", "b"], "backup"),
-        (["check", "a", "b"], "check"),
         (["serve", "a"], "serve"),
         (["import"], "import"),
         ([""], "unknown command ''"),
@@ -3350,14 +3251,20 @@ def test_the_version_is_one_line(tmp_path):
     assert openapi()["info"]["version"] == shop_module.VERSION
 
 
-def test_a_read_only_server_answers_every_get_and_refuses_every_write(server, tmp_path):
-    server.product(stock=9)
-    copy = Server(tmp_path, READ_ONLY="true").start()
+def test_a_read_only_server_shows_each_change_and_rejects_every_write(
+    server, start_server, tmp_path
+):
+    copy = start_server(READ_ONLY="true")
     assert copy("GET", "/healthz").json == {"status": "ok", "read_only": True}
-    for _ in range(5):
+    for count in 1, 2, 3:
+        server.product(stock=9)
         server.order()
-        for path in "/products/", "/products/1/", "/orders/", "/orders/1/":
-            assert copy("GET", path).json == server("GET", path).json
+        for seconds_ago in 0, 10:  # a file that has not changed for a while is cached
+            for name in "db.sqlite3", "db.sqlite3-wal":
+                changed_at = time.time() - seconds_ago
+                os.utime(tmp_path / name, (changed_at, changed_at))
+            for path in ["/products/", "/products/1/", "/orders/", f"/orders/{count}/"] * 3:
+                assert copy("GET", path).json == server("GET", path).json
     for method, path, body in [
         ("POST", "/orders/", order_of((1, 1))),
         ("POST", "/products/", {"name": "x", "price": 1}),
@@ -3369,8 +3276,7 @@ def test_a_read_only_server_answers_every_get_and_refuses_every_write(server, tm
         assert refused.status == 503
         assert refused.headers["Retry-After"]
         assert "read-only copy" in refused.json["detail"]
-    assert copy.end()[0] == 0
-    assert server("GET", "/products/1/").json["stock"] == 4
+    assert server("GET", "/products/1/").json["stock"] == 6
 
 
 # ------------------------------------------------------------------- pins, README, OpenAPI, Docker
@@ -3668,17 +3574,9 @@ def test_openapi_has_just_the_components_that_it_refers_to():
 
 
 def test_nested_schemas_are_references():
-    schemas = openapi()["components"]["schemas"]
-    for name, field, item in [
-        ("ProductList", "products", "Product"),
-        ("OrderList", "orders", "Order"),
-        ("Order", "products", "OrderLine"),
-        ("NewOrder", "products", "NewOrderLine"),
-        ("InsufficientStock", "shortages", "Shortage"),
-        ("ValidationFailed", "errors", "InvalidField"),
-    ]:
-        items = schemas[name]["properties"][field]["items"]
-        assert items == {"$ref": f"#/components/schemas/{item}"}
+    for schema in openapi()["components"]["schemas"].values():
+        for field in schema.get("properties", {}).values():
+            assert "properties" not in keywords_in(field)
     for _, _, operation in operations_of_openapi():
         for response in operation["responses"].values():
             for media_type, content in resolve(response).get("content", {}).items():
@@ -3718,16 +3616,15 @@ def test_each_type_of_a_409_and_a_422_has_a_schema_of_its_own():
     for name, (_, method, *_) in ACCESS.items():
         kinds = ["ValidationFailed"] + ["IdempotencyKeyReused"] * (method == "POST")
         assert problem_schemas(name, "422") == kinds
-    for name, kind, status, required in [
-        ("InsufficientStock", "insufficient-stock", 409, {"shortages"}),
-        ("InvalidTransition", "invalid-transition", 409, set()),
-        ("ValidationFailed", "validation", 422, {"errors"}),
-        ("IdempotencyKeyReused", "idempotency-key-reused", 422, set()),
+    for name, kind, members in [
+        ("InsufficientStock", "insufficient-stock", {"shortages"}),
+        ("InvalidTransition", "invalid-transition", set()),
+        ("ValidationFailed", "validation", {"errors"}),
+        ("IdempotencyKeyReused", "idempotency-key-reused", set()),
     ]:
         schema = openapi()["components"]["schemas"][name]
         assert schema["properties"]["type"]["const"] == f"urn:problem-type:{kind}"
-        assert schema["properties"]["status"]["const"] == status
-        assert set(schema["required"]) == {"type", "title", "status", "detail"} | required
+        assert set(schema["required"]) == {"type", "title", "status", "detail"} | members
 
 
 def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_accepts(shop, mug):
@@ -3771,16 +3668,24 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
     example = (HERE / ".env.example").read_text()
     web, _, replica = compose.partition("\n  replica:\n")
     assert re.search(r"^FROM python:3\.14-slim$", dockerfile, re.M)
-    assert "USER 10001:10001" in dockerfile
-    assert 'user: "10001:10001"' in replica
-    assert "user 10001" in readme
-    assert "VOLUME /data" in dockerfile
-    assert "- data:/data" in web
-    assert "- data:/data" in replica
-    assert "EXPOSE 8000" in dockerfile
-    assert 'ports: ["${PUBLISH:-8000}:8000"]' in web
-    assert "PUBLISH=127.0.0.1:8000" in readme
-    assert "encode gzip" in readme
+    assert re.search(r"image: litestream/litestream:0\.5\.\d+$", replica, re.M)
+    container = ["read_only: true", "cap_drop: [ALL]", '"no-new-privileges:true"', "- data:/data"]
+    container += ["tmpfs: [/tmp]", "restart: unless-stopped"]
+    for text, parts in [
+        (
+            dockerfile,
+            ["USER 10001:10001", "VOLUME /data", "EXPOSE 8000", "HEALTHCHECK", "/healthz"],
+        ),
+        (dockerfile, ['CMD ["python", "shop.py"]']),
+        (web, ['ports: ["${PUBLISH:-8000}:8000"]', "/healthz", *container]),
+        (replica, ['user: "10001:10001"', "profiles: [replica]", *container]),
+        (readme, ["user 10001", "PUBLISH=127.0.0.1:8000", "encode gzip", "shop_data"]),
+        (readme, ["docker compose --profile replica up -d"]),
+        (compose, ["name: shop"]),
+    ]:
+        for part in parts:
+            assert part in text
+    assert "profiles" not in web
     for name, value in [
         ("DATABASE_URL", "sqlite:////data/db.sqlite3"),
         ("HOST", "0.0.0.0"),
@@ -3790,25 +3695,6 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
         assert re.search(rf'^ +{name}: "?{re.escape(value)}"?$', web, re.M)
         # Only in the container is there a folder /data.
         assert shop_module.read_settings({name: value.replace("/data", str(tmp_path))})
-    assert 'CMD ["python", "shop.py"]' in dockerfile
-    assert "HEALTHCHECK" in dockerfile
-    assert "/healthz" in dockerfile
-    assert "/healthz" in web
-    for line in [
-        "read_only: true",
-        "cap_drop: [ALL]",
-        '"no-new-privileges:true"',
-        "tmpfs: [/tmp]",
-        "restart: unless-stopped",
-    ]:
-        assert line in web
-        assert line in replica
-    assert "profiles: [replica]" in replica
-    assert "profiles" not in web
-    assert "docker compose --profile replica up -d" in readme
-    assert re.search(r"image: litestream/litestream:0\.5\.\d+$", replica, re.M)
-    assert "name: shop" in compose
-    assert "shop_data" in readme
     for name in set(re.findall(r"\$\{(\w+)", compose)):
         assert f"{name}=" in readme, name
         assert f"#{name}=" in example, name
@@ -4223,7 +4109,7 @@ def test_only_health_may_not_be_stored_and_whatever_may_change_is_asked_for_agai
         assert shop("GET", path).headers["Cache-Control"] == expected
 
 
-def test_a_body_whose_end_is_not_told_is_a_411_and_an_empty_one_is_named(shop):
+def test_a_body_of_unknown_length_is_a_411_and_an_empty_one_a_400(shop):
     def post(**environ):
         request = webtest.TestRequest.blank("/products/", method="POST", body=BODY, headers=JSON)
         del request.environ["CONTENT_LENGTH"]
@@ -4449,8 +4335,8 @@ def test_reads_of_a_large_catalogue_do_not_hold_up_the_others(server, database):
     assert seconds[-1] < 1
 
 
-def test_equal_reads_of_a_large_catalogue_get_equal_responses(tmp_path, database):
-    server = Server(tmp_path, DEBUG="true").start()
+def test_equal_reads_of_a_large_catalogue_get_equal_responses(start_server, database):
+    server = start_server(DEBUG="true")
     fill(database, 20_000, 100)
     reads = server.stderr().count("group_concat")
     connections = [server.connect() for _ in range(3)]
@@ -4462,15 +4348,14 @@ def test_equal_reads_of_a_large_catalogue_get_equal_responses(tmp_path, database
     assert len(json.loads(bodies[0])["products"]) == 20_000
     assert bodies[0] == bodies[1] == bodies[2]
     assert server.stderr().count("group_concat") == reads + 1
-    assert server.end()[0] == 0
 
 
 @pytest.mark.parametrize("read_only", ["false", "true"])
 def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
-    server, tmp_path, database, read_only
+    server, start_server, tmp_path, database, read_only
 ):
     fill(database, 20_000, 100)
-    reader = Server(tmp_path, READ_ONLY=read_only).start()
+    reader = start_server(READ_ONLY=read_only)
     for price in range(2, 5):
         with reader.connect() as early, reader.connect() as late:
             os.utime(tmp_path / "db.sqlite3-wal")  # as if it had just changed
@@ -4480,24 +4365,20 @@ def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
             late.sendall(closing(GET_PRODUCTS))
             assert read_responses(late)[0].json["products"][0]["price"] == price
             assert len(read_responses(early)[0].json["products"]) == 20_000
-    reader.assert_ends_well()
 
 
-# A server in which a list of products takes a while, as in a catalogue of millions.
+# Lists of products take a while, as in a catalogue of millions.
 SLOW_LISTS = """
-import time, db, shop
-
 def list_slowly(store, list_products=db.Store.list_products_json, **query):
     time.sleep(0.5)
     return list_products(store, **query)
 
 db.Store.list_products_json = list_slowly
-raise SystemExit(shop.main([]))
 """
 
 
-def test_a_long_read_does_not_hold_up_the_others(tmp_path):
-    server = Server(tmp_path).start(SLOW_LISTS)
+def test_a_long_read_does_not_hold_up_the_others(start_server):
+    server = start_server(SLOW_LISTS)
     with server.connect() as connection:
         connection.sendall(closing(GET_PRODUCTS))
         assert time_health(server, 20)[-1] < 0.4
@@ -4505,7 +4386,6 @@ def test_a_long_read_does_not_hold_up_the_others(tmp_path):
         assert server("GET", "/products/1/").status == 200
         assert not select.select([connection], [], [], 0)[0]  # it is not answered yet
         assert b" 200 OK" in read_to_end(connection)
-    server.assert_ends_well()
 
 
 def resident_memory(server):
@@ -4514,27 +4394,25 @@ def resident_memory(server):
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
 
 
-@pytest.mark.parametrize("is_reset", [False, True])
-def test_half_a_request_is_freed_with_its_connection(tmp_path, is_reset):
-    server = Server(tmp_path).start(
-        "import gc, shop\ngc.disable()\nraise SystemExit(shop.main([]))\n"
-    )
+def test_half_a_request_is_freed_with_its_connection(start_server):
+    server = start_server("gc.disable()")
     half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
     server("GET", "/healthz")
     before = resident_memory(server)
-    for _ in range(8):
+    for number in range(16):
         connections = [server.connect() for _ in range(60)]
         for connection in connections:
             connection.sendall(half)
         for _ in range(len(half) // shop_module.RECV_BYTES + 2):
             server("GET", "/healthz")  # in each turn the server reads a piece of every one
         for connection in connections:
-            if is_reset:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if number % 2:
+                connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE["SO_LINGER"]
+                )
             connection.close()
     server("GET", "/healthz")
-    assert resident_memory(server) - before < 30 << 20  # 48 MB have been sent
-    server.assert_ends_well()
+    assert resident_memory(server) - before < 30 << 20  # 96 MB have been sent, half is reset
 
 
 def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, database):
@@ -4551,8 +4429,8 @@ def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, data
     assert server.end()[0] == 0
 
 
-def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
-    server = Server(tmp_path).start(SLOW_LISTS)
+def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server):
+    server = start_server(SLOW_LISTS)
     server.product()
     with server.connect() as patient:
         for _ in range(3):
@@ -4563,7 +4441,6 @@ def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
         assert b'"next":null}' in read_to_end(patient)
     assert server.product().status == 201
     assert len(server("GET", "/products/").json["products"]) == 2
-    server.assert_ends_well()
 
 
 def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, database):
@@ -4582,18 +4459,13 @@ def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, 
     assert server.process.wait(5) == 0
 
 
-def test_no_new_connection_is_closed_for_one_that_had_its_descriptor(server):
-    for _ in range(500):
-        assert server("GET", "/healthz").status == 200
-
-
 # ------------------------------------------------------------------------------------------- cache
 
 
-def test_a_read_after_a_write_shows_it_over_two_processes(server, tmp_path):
-    servers = [server, Server(tmp_path).start()]
+def test_a_read_after_a_write_shows_it_over_two_processes(start_server):
+    servers = [start_server(), start_server()]
     for _ in range(4):
-        server.product()
+        servers[0].product()
 
     def write_and_read(n):
         path = f"/products/{n + 1}/"
@@ -4609,11 +4481,10 @@ def test_a_read_after_a_write_shows_it_over_two_processes(server, tmp_path):
         return True
 
     assert at_once(4, write_and_read) == [True] * 4
-    servers[1].assert_ends_well()
 
 
-def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(tmp_path):
-    server = Server(tmp_path, DEBUG="true").start()
+def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(start_server):
+    server = start_server(DEBUG="true")
     server.product(stock=9)
     server.order()
 
@@ -4641,11 +4512,10 @@ def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(tmp_
             response, statements = get(path)
             assert response.status == status
             assert any(statement.startswith("SELECT") for statement in statements)
-    assert server.end()[0] == 0
 
 
-def test_a_cached_response_is_only_for_requests_with_the_same_headers(tmp_path):
-    server = Server(tmp_path, ADMIN_TOKEN="secret").start()
+def test_a_cached_response_is_only_for_requests_with_the_same_headers(start_server):
+    server = start_server(ADMIN_TOKEN="secret")
     server("POST", "/products/", {"name": "x", "price": 1, "stock": 9}, **bearer("secret"))
     server.order()
     etag = server("GET", "/orders/", **bearer("secret")).headers["ETag"]
@@ -4663,11 +4533,9 @@ def test_a_cached_response_is_only_for_requests_with_the_same_headers(tmp_path):
             assert bool(response.body) == (status != 304)
         assert len(server("GET", "/products/?limit=1").json["products"]) == 1
         assert server("GET", "/products/?after=1").json["products"] == []
-    server.assert_ends_well()
 
 
-def test_the_cache_takes_no_more_memory_than_it_may(tmp_path, database):
-    server = Server(tmp_path, ACCESS_LOG="false").start()
+def test_the_cache_takes_no_more_memory_than_it_may(server, database):
     fill(database, 100)  # a megabyte
     before = resident_memory(server)
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -4675,51 +4543,25 @@ def test_the_cache_takes_no_more_memory_than_it_may(tmp_path, database):
         connection.request("GET", f"/products/?limit={900 + number}")
         assert len(connection.getresponse().read()) > 1_000_000
     assert resident_memory(server) - before < 80 << 20
-    server.assert_ends_well()
 
 
-def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(tmp_path):
-    server = Server(tmp_path).start(
-        "import resource, shop\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1))\n"
-        "raise SystemExit(shop.main([]))\n"
-    )
-    created = 0
-    while server.product(description="y" * 10_000).status == 201:
-        created += 1
-    assert created > 10
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
+def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(server):
+    created, _ = fill_disk(server)
+    set_file_size(server, 1)
     write = post_of(json.dumps({"name": "x", "description": "y" * 10_000, "price": 1}).encode())
-    get = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
+    get_missing = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
     for _ in range(10):
         with server.connect() as writer, server.connect() as reader:
             writer.sendall(closing(write))
-            reader.sendall(GET_PRODUCTS + closing(get))
+            reader.sendall(GET_PRODUCTS + closing(get_missing))
             listed, missing = read_responses(reader)
             assert [response.status for response in read_responses(writer)] == [503]
             assert len(listed.json["products"]) == created
             assert missing.status == 404
     assert len(server("GET", "/products/").json["products"]) == created
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    set_file_size(server, -1)
     assert server.product().json["id"] == created + 1
     assert len(server("GET", "/products/").json["products"]) == created + 1
-    server.assert_ends_well()
-
-
-def test_a_read_only_server_answers_repeated_lists_and_shows_each_change(server, tmp_path):
-    copy = Server(tmp_path, READ_ONLY="true").start()
-    for count in 1, 2, 3:
-        server.product(stock=9)
-        server.order()
-        for seconds_ago in 0, 10:  # a file that has not changed for a while is cached
-            for name in "db.sqlite3", "db.sqlite3-wal":
-                changed_at = time.time() - seconds_ago
-                os.utime(tmp_path / name, (changed_at, changed_at))
-            for _ in range(3):
-                assert len(copy("GET", "/products/").json["products"]) == count
-                assert len(copy("GET", "/orders/").json["orders"]) == count
-                assert copy("GET", f"/orders/{count}/").status == 200
-    copy.assert_ends_well()
 
 
 # ------------------------------------------------------- a disk, a clock and files that misbehave
@@ -5565,6 +5407,8 @@ def test_every_change_of_a_stock_is_a_movement_that_says_what_was_left(shop, mug
 
 
 def test_what_does_not_change_the_stock_is_no_movement(shop, mug, database):
+    shop.product(stock=1)
+    shop.product()
     before = steps_of(shop)
     shop("PATCH", "/products/1/", {"stock": 5})
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
@@ -5573,17 +5417,12 @@ def test_what_does_not_change_the_stock_is_no_movement(shop, mug, database):
     shop("POST", "/products/1/stock/", {"change": -6})
     shop("POST", "/products/1/stock/", {"change": 10**9})
     shop("POST", "/products/1/stock/", {"change": 1, "note": 1})
-    shop.order((1, 6))
+    for last in (1, 6), (2, 2), (7, 1):  # the order fails at its last line
+        assert shop.order((3, 2), last).status_int in (409, 422)
     assert steps_of(shop) == before == [(5, 5, None, "")]
-    assert db.check_integrity(database) == []
-
-
-def test_an_order_that_fails_at_its_last_line_leaves_no_movement(shop, mug):
-    shop.product(stock=1)
-    for last in (2, 2), (7, 1):
-        assert shop.order((1, 2), last).status_int in (409, 422)
-    assert steps_of(shop, 1) == [(5, 5, None, "")]
     assert steps_of(shop, 2) == [(1, 1, None, "")]
+    assert steps_of(shop, 3) == [(5, 5, None, "")]
+    assert db.check_integrity(database) == []
 
 
 def test_a_cancel_that_the_maximum_cuts_short_counts_what_was_put_back(shop, database):
@@ -5602,7 +5441,7 @@ def test_the_movements_of_a_deleted_product_go_with_it_and_no_others(shop, mug, 
     shop.product()
     shop.order((1, 1), (2, 1))
     shop("DELETE", "/products/1/")
-    shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    assert shop("PATCH", "/orders/1/", {"status": "cancelled"}).status_int == 200
     assert shop("GET", "/products/1/stock/").status_int == 404
     assert steps_of(shop, 2) == [(5, 5, None, ""), (-1, 4, 1, ""), (1, 5, 1, "")]
     with connect(database) as connection:
@@ -5617,31 +5456,30 @@ def test_movements_are_paged_in_both_directions_by_next_and_link(shop, mug):
             shop.order((1, 1))
         else:
             shop("POST", "/products/1/stock/", {"change": number})
+
+    def ids(movements):
+        return [movement["id"] for movement in movements]
+
     for sort, expected in ("id", [1, 2, 3, 4, 5, 6, 7]), ("-id", [7, 6, 5, 4, 3, 2, 1]):
-        pages = []
         path = f"/products/1/stock/?sort={sort}&limit=3"
-        while path:
-            page = shop("GET", path)
-            pages.append([movement["id"] for movement in page.json["movements"]])
-            path = page.json["next"]
-            assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
-        assert pages == [expected[:3], expected[3:6], expected[6:]]
-
-    def ids_of(query):
-        return [movement["id"] for movement in movements_of(shop, 1, query)]
-
-    assert ids_of("?after=0") == ids_of("") == [1, 2, 3, 4, 5, 6, 7]
-    assert ids_of("?after=5") == [6, 7]
-    assert ids_of("?after=5&sort=-id") == [4, 3, 2, 1]
-    assert ids_of("?after=99") == []
-    assert ids_of("?after=99&sort=-id&limit=2") == [7, 6]
+        assert ids(shop("GET", path).json["movements"]) == expected[:3]
+        assert ids(walk_pages(shop, path, "movements")) == expected
+    for query, expected in [
+        ("", [1, 2, 3, 4, 5, 6, 7]),
+        ("?after=0", [1, 2, 3, 4, 5, 6, 7]),
+        ("?after=5", [6, 7]),
+        ("?after=5&sort=-id", [4, 3, 2, 1]),
+        ("?after=99", []),
+        ("?after=99&sort=-id&limit=2", [7, 6]),
+    ]:
+        assert ids(movements_of(shop, 1, query)) == expected
     assert shop("GET", "/products/1/stock/?limit=7").json["next"] is None
     for query in "limit=1001", "limit=0", "sort=change", "after=-1", "q=x":
         errors = errors_of(shop("GET", f"/products/1/stock/?{query}"))
         assert list(errors) == [query.partition("=")[0]]
 
 
-def test_a_page_of_movements_has_a_hundred_unless_told(shop, mug):
+def test_a_page_of_movements_has_a_hundred_by_default(shop, mug):
     for _ in range(100):
         shop("POST", "/products/1/stock/", {"change": 1})
     page = shop("GET", "/products/1/stock/").json
@@ -5664,31 +5502,6 @@ def test_a_page_of_movements_is_read_in_the_order_of_its_indexes(shop, mug, data
     # Nothing is sorted: else a page of a product that sells well would read all its sales.
     assert "SCAN" not in text
     assert "TEMP B-TREE" not in text
-
-
-def test_movements_need_the_token_that_products_do_not(make_shop):
-    shop = make_shop(admin_token="t")
-    shop("POST", "/products/", {"name": "x", "price": 1, "stock": 2}, bearer("t"))
-    assert shop("GET", "/products/1/").status_int == 200
-    for headers in {}, bearer("wrong"):
-        refused = shop("GET", "/products/1/stock/", None, headers)
-        assert refused.status_int == 401
-        assert refused.headers["WWW-Authenticate"].startswith("Bearer")
-    allowed = shop("GET", "/products/1/stock/", None, bearer("t"))
-    assert [movement["change"] for movement in allowed.json["movements"]] == [2]
-
-
-def test_movements_are_answered_304_until_the_next_one(shop, mug):
-    path = "/products/1/stock/"
-    for change in [
-        lambda: shop.order((1, 1)),
-        lambda: shop("PATCH", "/orders/1/", {"status": "cancelled"}),
-        lambda: shop("POST", path, {"change": 1}),
-    ]:
-        if_none_match = {"If-None-Match": shop("GET", path).headers["ETag"]}
-        assert shop("GET", path, None, if_none_match).status_int == 304
-        change()
-        assert shop("GET", path, None, if_none_match).status_int == 200
 
 
 def test_a_repeat_with_a_key_writes_no_second_movement(shop, mug):
@@ -5787,13 +5600,13 @@ def statuses_in(database):
         return [status for (status,) in connection.execute("SELECT status FROM orders ORDER BY id")]
 
 
-def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(tmp_path, database):
+def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(start_server, database):
     place_orders(database, 4)
     backdate(database, 61, "id IN (1, 2)")
     backdate(database, 58, "id = 3")
     with connect(database) as connection:
         connection.execute("UPDATE orders SET status = 'completed' WHERE id = 2")
-    server = Server(tmp_path, ORDER_TIMEOUT="60").start()
+    server = start_server(ORDER_TIMEOUT="60")
     wait_for(lambda: server("GET", "/orders/1/").json["status"] == "cancelled")
     statuses = [order["status"] for order in server("GET", "/orders/").json["orders"]]
     assert statuses == ["cancelled", "completed", "pending", "pending"]
@@ -5804,23 +5617,21 @@ def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(tmp_path, database
     assert refused.json["type"] == "urn:problem-type:invalid-transition"
     backdate(database, 61, "id = 3")  # while the shop runs
     wait_for(lambda: server("GET", "/orders/3/").json["status"] == "cancelled")
-    server.assert_ends_well()
     assert db.check_integrity(database) == []
 
 
-def test_an_order_may_expire_within_seconds(tmp_path, database):
-    server = Server(tmp_path, ORDER_TIMEOUT="0.001").start()
+def test_an_order_may_expire_within_seconds(start_server):
+    server = start_server(ORDER_TIMEOUT="0.001")
     server.product(stock=3)
     server.order(quantity=2)
     wait_for(lambda: server("GET", "/products/1/").json["stock"] == 3)
     assert server("GET", "/orders/1/").json["status"] == "cancelled"
-    server.assert_ends_well()
 
 
-def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(tmp_path, database):
+def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(start_server, database):
     place_orders(database, 500, 20)
     backdate(database, 2)
-    server = Server(tmp_path, ORDER_TIMEOUT="1").start()
+    server = start_server(ORDER_TIMEOUT="1")
     seconds = []
     while "pending" in statuses_in(database):
         seconds += time_health(server, 1)
@@ -5828,7 +5639,6 @@ def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(tmp_p
     assert len(seconds) > 5
     assert max(seconds) < 0.5
     assert server("GET", "/products/20/").json["stock"] == 10_000
-    server.assert_ends_well()
     assert db.check_integrity(database) == []
 
 
@@ -5876,16 +5686,15 @@ def test_a_timeout_of_centuries_cancels_nothing(tmp_path, database):
         assert statuses_in(database) == ["pending"], minutes
 
 
-def test_a_read_only_shop_expires_no_order(tmp_path, database):
+def test_a_read_only_shop_expires_no_order(start_server, database):
     place_orders(database, 1)
     backdate(database, 2)
-    server = Server(tmp_path, ORDER_TIMEOUT="1", READ_ONLY="true").start()
+    server = start_server(ORDER_TIMEOUT="1", READ_ONLY="true")
     for _ in range(20):  # each turn of the loop would cancel it
         assert server("GET", "/orders/1/").json["status"] == "pending"
     result = server.run("expire")
     assert result.returncode == 1
     assert re.fullmatch(r"shop: [^\n]*read-only[^\n]*\n", result.stderr)
-    server.assert_ends_well()
     assert statuses_in(database) == ["pending"]
 
 
@@ -5893,29 +5702,22 @@ def test_of_completing_and_expiring_one_order_exactly_one_wins(database):
     place_orders(database, 120)
     backdate(database, 2)
     stores = [db.Store(database, lock_timeout=30) for _ in range(2)]  # as in two processes
-
-    def complete(store, n):
-        completed = set()
-        for order_id in range(n, 121, 2):
-            with contextlib.suppress(db.InvalidTransition):
-                store.update_order(order_id, "completed")
-                completed.add(order_id)
-        return completed
-
-    def expire(store):
-        cancelled = 0
-        while store.has_expired_orders(1):
-            cancelled += store.expire_orders(1, limit=2)
-        return cancelled
+    completed = set()
+    cancelled = []
 
     def work(n):
         store = stores[n % 2]
-        return complete(store, n - 1) if n in (2, 3) else expire(store)
+        if n < 2:
+            for order_id in range(n + 1, 121, 2):
+                with contextlib.suppress(db.InvalidTransition):
+                    store.update_order(order_id, "completed")
+                    completed.add(order_id)
+        else:
+            while store.has_expired_orders(1):
+                cancelled.append(store.expire_orders(1, limit=2))
 
-    results = at_once(6, work)
-    completed = results[2] | results[3]
-    cancelled = results[0] + results[1] + results[4] + results[5]
-    assert len(completed) + cancelled == 120
+    at_once(6, work)
+    assert len(completed) + sum(cancelled) == 120
     expected = ["completed" if n in completed else "cancelled" for n in range(1, 121)]
     assert statuses_in(database) == expected
     assert stores[0].get_product(1)["stock"] == 10_000 - len(completed)
