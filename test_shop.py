@@ -500,21 +500,14 @@ def test_products_are_found_by_text_ignoring_case_and_by_stock(shop):
     ]:
         shop.product(name=name, description=description, stock=stock)
 
-    def ids_of(query):
-        return [product["id"] for product in shop("GET", "/products/?" + query).json["products"]]
-
-    assert ids_of("q=m%C3%BCG") == [1, 2]
-    assert ids_of("q=%25_") == [3]
-    assert ids_of("q=STRASSE") == [4]
-    assert ids_of("q=nope") == []
-    assert ids_of("q=") == [1, 2, 3, 4]
-    assert ids_of("q=x%0Ay") == [4]
-    assert ids_of("q=" + "z" * 2000) == []
-    assert ids_of("available=true") == [1, 4]
-    assert ids_of("available=false") == [2, 3]
-    assert ids_of("available=false&q=m%C3%9CG") == [2]
-    assert ids_of("after=2") == [3, 4]
-    assert ids_of("limit=1&after=0") == [1]
+    for query, ids in [
+        *(("q=m%C3%BCG", [1, 2]), ("q=%25_", [3]), ("q=STRASSE", [4]), ("q=nope", [])),
+        *(("q=", [1, 2, 3, 4]), ("q=x%0Ay", [4]), ("q=" + "z" * 2000, [])),
+        *(("available=true", [1, 4]), ("available=false", [2, 3])),
+        *(("available=false&q=m%C3%9CG", [2]), ("after=2", [3, 4]), ("limit=1&after=0", [1])),
+    ]:
+        found = shop("GET", "/products/?" + query).json["products"]
+        assert [product["id"] for product in found] == ids
 
 
 def test_pages_follow_one_another_by_next_and_link_and_no_page_is_empty(shop):
@@ -1087,14 +1080,7 @@ def test_db_knows_no_http_and_shop_no_sql():
 
 
 def imported_modules(file):
-    """The top-level modules that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse((HERE / file).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    return names
+    return set(re.findall(r"^ *(?:import|from) (\w+)", (HERE / file).read_text(), re.M))
 
 
 # ------------------------------------------------------------------------------------------ orders
@@ -1273,12 +1259,6 @@ def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_or
     assert order_ids_of(shop, "?" + query) == [1]
 
 
-def test_an_order_without_a_reference_has_an_empty_one(shop, mug):
-    assert shop.order((1, 1)).json["reference"] == ""
-    assert shop.app.app.store.create_order([{"product_id": 1, "quantity": 1}])["reference"] == ""
-    assert [order["reference"] for order in shop("GET", "/orders/").json["orders"]] == ["", ""]
-
-
 @pytest.mark.parametrize("reference", ["x" * 201, "\0", "a\0b", "\ud800", None, 17, ["x"], True])
 def test_a_reference_that_is_no_text_of_up_to_200_characters_is_refused(shop, mug, reference):
     response = shop("POST", "/orders/", referring(reference, (1, 1)))
@@ -1402,11 +1382,9 @@ def test_keys_live_a_day_and_are_then_purged(shop, mug, database, monkeypatch):
     for key in "old", "young":
         shop.order((1, 1), **{"Idempotency-Key": key})
     with connect(database) as connection:
-        for key, hours in ("old", 24.1), ("young", 23.9):
-            connection.execute(
-                "UPDATE idempotency_key SET created_at = ? WHERE key = ?",
-                (db.timestamp(int(hours * 3600)), key),
-            )
+        sql = "UPDATE idempotency_key SET created_at = ? WHERE key = ?"
+        for key, minutes in ("old", 24 * 60 + 6), ("young", 24 * 60 - 6):
+            connection.execute(sql, (db.timestamp(minutes * 60), key))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 1)  # expired keys are looked for once a second
     assert shop.order((1, 1), **{"Idempotency-Key": "new"}).status_int == 201
@@ -2332,7 +2310,8 @@ def test_a_client_that_sends_too_much_can_still_read_the_413(server):
 
 
 def test_requests_in_one_packet_are_answered_in_their_order(server):
-    responses = server.send((POST + GET_PRODUCTS) * 20)
+    chunked = TRAILER + b"A: b\r\n\r\n\r\n"
+    responses = server.send((POST + GET_PRODUCTS + chunked + GET_PRODUCTS) * 10)
     assert [response.status for response in responses] == [201, 200] * 20
     counts = [len(response.json["products"]) for response in responses[1::2]]
     assert counts == list(range(1, 21))
@@ -2528,14 +2507,10 @@ def test_a_connection_that_is_reset_between_two_requests_does_no_harm(server, da
 
 def test_clients_that_vanish_leave_nothing_behind(server):
     server.product(stock=10**9)
-    process = Path(f"/proc/{server.process.pid}")
-    body = json.dumps(order_of((1, 1))).encode()
-    head = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(body)
-    order = head + body
+    order = order_request(1)
 
-    def measure():
-        pages = int((process / "statm").read_text().split()[1])
-        return len(list((process / "fd").iterdir())), pages * 4096
+    def files_and_memory():
+        return len(os.listdir(f"/proc/{server.process.pid}/fd")), resident_memory(server)
 
     def vanish(times):
         for number in range(times):
@@ -2545,9 +2520,9 @@ def test_clients_that_vanish_leave_nothing_behind(server):
             assert server("GET", "/products/").status == 200
 
     vanish(300)
-    files, memory = measure()
+    files, memory = files_and_memory()
     vanish(1500)
-    later_files, later_memory = measure()
+    later_files, later_memory = files_and_memory()
     assert later_files <= files + 3
     assert later_memory < memory + (4 << 20)
     assert server.order().status == 201
@@ -3146,7 +3121,7 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
     assert server.run("check", "mine").returncode == 0
 
 
-def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_path):
+def test_check_names_a_file_that_is_missing_or_no_database(shop, mug, tmp_path):
     (tmp_path / "text").write_text("no database " * 100)
     for name in "text", "none":
         result = Server(tmp_path).run("check", name)
@@ -3283,32 +3258,20 @@ def test_a_read_only_server_shows_each_change_and_rejects_every_write(
 
 
 # Every internal of waitress that the server overrides or calls, and a hash of its source.
-WAITRESS_INTERNALS = {
-    "adjustments.Adjustments": "475cc98278b2",
-    "buffers.OverflowableBuffer": "545747c4f2e2",
-    "channel.HTTPChannel": "aa3da44fa174",
-    "parser.HTTPRequestParser": "f2b09de756c1",
-    "parser.ParsingError": "19c4a507b52b",
-    "parser.TransferEncodingNotImplemented": "76fdb80eaf52",
-    "parser.crack_first_line": "5ef0eba51166",
-    "parser.get_header_lines": "968a7db45a59",
-    "parser.split_uri": "2959428735d4",
-    "receiver.ChunkedReceiver": "7d4fd7a3f8c5",
-    "receiver.FixedStreamReceiver": "434997a7017f",
-    "server.BaseWSGIServer": "82ab2f37dc85",
-    "server.TcpWSGIServer": "b2cb32f191a1",
-    "task.Task": "407d67e51639",
-    "task.ThreadedTaskDispatcher": "541f30c57f08",
-    "task.WSGITask.get_environment": "3bb57be6c7db",
-    "trigger.trigger": "48bf86fea4c8",
-    "utilities.BadRequest": "6502b0d69646",
-    "utilities.build_http_date": "323d7932141e",
-    "utilities.find_double_newline": "2feb10fa9a60",
-    "wasyncore.close_all": "6b588549e991",
-    "wasyncore.dispatcher": "4d74dc7e94b4",
-    "wasyncore.poll2": "f2ea2bd150ff",
-    "wasyncore.readwrite": "2467235cc3f4",
-}
+WAITRESS_INTERNALS = """
+adjustments.Adjustments 475cc98278b2             buffers.OverflowableBuffer 545747c4f2e2
+channel.HTTPChannel aa3da44fa174                 parser.HTTPRequestParser f2b09de756c1
+parser.ParsingError 19c4a507b52b                 parser.TransferEncodingNotImplemented 76fdb80eaf52
+parser.crack_first_line 5ef0eba51166             parser.get_header_lines 968a7db45a59
+parser.split_uri 2959428735d4                    receiver.ChunkedReceiver 7d4fd7a3f8c5
+receiver.FixedStreamReceiver 434997a7017f        server.BaseWSGIServer 82ab2f37dc85
+server.TcpWSGIServer b2cb32f191a1                task.Task 407d67e51639
+task.ThreadedTaskDispatcher 541f30c57f08         task.WSGITask.get_environment 3bb57be6c7db
+trigger.trigger 48bf86fea4c8                     utilities.BadRequest 6502b0d69646
+utilities.build_http_date 323d7932141e           utilities.find_double_newline 2feb10fa9a60
+wasyncore.close_all 6b588549e991                 wasyncore.dispatcher 4d74dc7e94b4
+wasyncore.poll2 f2ea2bd150ff                     wasyncore.readwrite 2467235cc3f4
+"""
 
 
 def test_waitress_is_still_what_the_server_relies_on():
@@ -3316,11 +3279,12 @@ def test_waitress_is_still_what_the_server_relies_on():
     assert set(pins) == {"bottle", "waitress", "pytest", "webtest"}
     assert metadata.version("waitress") == pins["waitress"]
     assert metadata.version("bottle") == pins["bottle"]
-    found = {}
-    for name in WAITRESS_INTERNALS:
+    words = WAITRESS_INTERNALS.split()
+    found = []
+    for name in words[::2]:
         source = inspect.getsource(pkgutil.resolve_name(f"waitress.{name}"))
-        found[name] = hashlib.sha256(source.encode()).hexdigest()[:12]
-    assert found == WAITRESS_INTERNALS, (
+        found += [name, hashlib.sha256(source.encode()).hexdigest()[:12]]
+    assert found == words, (
         "waitress has changed. Read what these parts do now, adapt the part `server` of shop.py, "
         "run the tests and put the new hashes here."
     )
@@ -3443,19 +3407,14 @@ def test_openapi_requires_the_token_where_the_shop_does(make_shop, tokens):
         assert refused == ("401" in operation["responses"])
 
 
-def references_in(part):
-    return set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(part)))
-
-
 def reachable(part):
-    """The names of every component that a part of /openapi.json leads to."""
+    """The kind and name of every component that a part of /openapi.json leads to."""
     found = set()
-    new = references_in(part)
-    while new - found:
+    parts = [part]
+    while parts:
+        new = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(parts))) - found
+        parts = [openapi()["components"][kind][name] for kind, name in new]
         found |= new
-        new = set().union(
-            *(references_in(openapi()["components"][kind][name]) for kind, name in found)
-        )
     return found
 
 
@@ -3470,11 +3429,9 @@ def operations_of_openapi(document=None):
 
 def keywords_in(part):
     """Every key in a part of /openapi.json."""
-    if isinstance(part, list):
-        return set().union(*map(keywords_in, part))
-    if not isinstance(part, dict):
-        return set()
-    return set(part).union(*map(keywords_in, part.values()))
+    keys = set()
+    json.loads(json.dumps(part), object_hook=lambda fields: keys.update(fields) or fields)
+    return keys
 
 
 def test_every_schema_of_openapi_has_examples_that_it_accepts():
@@ -3485,12 +3442,9 @@ def test_every_schema_of_openapi_has_examples_that_it_accepts():
 
 
 def test_openapi_has_no_keyword_that_generators_and_validators_stumble_over():
-    names = {
-        name
-        for schema in openapi()["components"]["schemas"].values()
-        for name in schema.get("properties", ())
-    }
-    for keyword in keywords_in(openapi()) - names:
+    schemas = openapi()["components"]["schemas"].values()
+    fields = {name for schema in schemas for name in schema.get("properties", ())}
+    for keyword in keywords_in(openapi()) - fields:
         assert keyword not in ("multipleOf", "default", "decimals", "unique_by", "message")
         assert not keyword.lower().startswith("x-"), keyword
 
@@ -4038,7 +3992,6 @@ def parse(request, *cuts):
     return results
 
 
-PIPELINE = POST + GET_HEALTH + TRAILER + b"A: b\r\n\r\n\r\n" + GET_PRODUCTS
 PARSED_REQUESTS = [
     *(request for request, _ in RAW_REQUESTS if len(request) < 600),
     TRAILER + b"\r\n" + GET_HEALTH,
@@ -4055,15 +4008,6 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut():
         assert parse(request, *range(1, len(request))) == whole, request
         for cut in range(1, len(request)):
             assert parse(request, cut) == whole, (request, cut)
-
-
-def test_requests_of_one_connection_are_read_one_after_the_other():
-    assert parse(PIPELINE) == [
-        ("POST", "/products/", BODY),
-        ("GET", "/healthz", b""),
-        ("POST", "/products/", BODY),
-        ("GET", "/products/", b""),
-    ]
 
 
 def test_the_rejection_of_a_head_has_no_body(server):
@@ -4131,28 +4075,11 @@ def test_a_body_of_unknown_length_is_a_411_and_an_empty_one_a_400(shop):
     assert shop("POST", "/products/", b"").json == answer[1]
 
 
-def test_a_route_without_a_length_ends_under_a_server_with_threads(tmp_path):
-    (tmp_path / "program.py").write_text(
-        "import shop\n"
-        "def make():\n"
-        "    app = shop.create_app()\n"
-        "    app.bottle.get('/stream')(lambda: iter(['a', 'b', 'c']))\n"
-        "    return app\n"
-    )
-    server = Server(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "program:make"],
-        cwd=tmp_path,
-        env=server.environment() | {"PYTHONPATH": f"{HERE}:{tmp_path}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    server.port = int(re.search(r":(\d+)$", process.stderr.readline())[1])
-    response = server("GET", "/stream")
-    process.terminate()
-    process.communicate()
-    assert response.status == 200
+def test_a_route_of_an_embedding_program_may_stream(shop):
+    shop.app.app.bottle.get("/stream")(lambda: iter(["a", "b", "c"]))
+    response = shop.app.get("/stream")
     assert response.body == b"abc"
+    assert "Connection" not in response.headers
 
 
 # ---------------------------------------------------------------------------------- preconditions
@@ -4279,14 +4206,12 @@ def time_health(server, times):
 
 # Attackers, in a process of their own: else they would take the interpreter from the clock.
 ATTACK = """
-import socket, sys, threading
-port, *floods = sys.argv[1:]
-floods = [open(flood, "rb").read() for flood in floods]
+import socket, threading
 
 def attack(n):
     while True:
         try:
-            with socket.create_connection(("127.0.0.1", int(port)), 10) as connection:
+            with socket.create_connection(("127.0.0.1", port), 10) as connection:
                 connection.sendall(floods[n % len(floods)])
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
@@ -4302,19 +4227,15 @@ print("attacking", flush=True)
 
 @contextlib.contextmanager
 def attackers(server, floods):
-    files = []
-    for number, flood in enumerate(floods):
-        files.append(server.folder / f"flood{number}")
-        files[-1].write_bytes(flood)
-    process = subprocess.Popen(
-        [sys.executable, "-c", ATTACK, str(server.port), *files], stdout=subprocess.PIPE
-    )
-    try:
-        assert process.stdout.readline() == b"attacking\n"
-        yield
-    finally:
-        process.kill()
-        process.communicate()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-"], **pipes) as process:
+        try:
+            process.stdin.write(f"port, floods = {server.port, floods}\n{ATTACK}".encode())
+            process.stdin.close()
+            assert process.stdout.readline() == b"attacking\n"
+            yield
+        finally:
+            process.kill()
 
 
 def test_eight_attackers_do_not_hold_up_the_others(server):
@@ -5504,16 +5425,6 @@ def test_a_page_of_movements_is_read_in_the_order_of_its_indexes(shop, mug, data
     assert "TEMP B-TREE" not in text
 
 
-def test_a_repeat_with_a_key_writes_no_second_movement(shop, mug):
-    key = {"Idempotency-Key": "k"}
-    for _ in range(3):
-        shop("POST", "/products/1/stock/", {"change": 2, "note": "found"}, key)
-        shop.order((1, 1), **{"Idempotency-Key": "order"})
-    again = shop("POST", "/products/1/stock/", {"change": 2, "note": "lost"}, key)
-    assert again.json["type"] == "urn:problem-type:idempotency-key-reused"
-    assert steps_of(shop) == [(5, 5, None, ""), (2, 7, None, "found"), (-1, 6, 1, "")]
-
-
 def test_a_note_is_text_of_up_to_200_characters(shop, mug):
     path = "/products/1/stock/"
     shop("POST", path, {"change": 1, "note": "é" * 200})
@@ -6218,9 +6129,9 @@ class Model:
     def stock(self, product):
         return sum(self.changes[product])
 
-    def move(self, product, change, least=0):
+    def move(self, product, change):
         """Change a stock, if that is possible."""
-        if not least <= self.stock(product) + change <= db.MAX_STOCK:
+        if not 0 <= self.stock(product) + change <= db.MAX_STOCK:
             return 409 if change < 0 else 422
         self.changes[product] += [change] if change else []
         return 200
@@ -6235,14 +6146,14 @@ class Model:
         return 201
 
     def update_order(self, order_id, status):
-        order = self.orders[order_id]
-        if order[0] not in ("pending", status):
+        before, lines = self.orders[order_id]
+        if before not in ("pending", status):
             return 409
-        for product in order[1].keys() & self.changes.keys() if order[0] != status else ():
-            if status == "cancelled":
+        if before == "pending" and status == "cancelled":
+            for product in lines.keys() & self.changes.keys():
                 room = db.MAX_STOCK - self.stock(product)
-                self.move(product, min(order[1][product], room))
-        order[0] = status
+                self.move(product, min(lines[product], room))
+        self.orders[order_id][0] = status
         return 200
 
 
@@ -6263,14 +6174,11 @@ class Player:
         self.create_product()
 
     def send(self, method, path, body, due, headers=None):
-        """Send a write that must get the status that is due; a POST sometimes with a key, and
-        then sometimes again.
-        """
+        """Send a write that must get the status that is due; a POST sometimes with a key, twice."""
         self.sent += 1
-        headers = dict(headers or {})
-        key = f"{self.number}-{self.sent}"
+        headers = headers or {}
         if method == "POST" and self.dice.random() < 0.3:
-            headers["Idempotency-Key"] = key
+            headers = headers | {"Idempotency-Key": f"{self.number}-{self.sent}"}
         response = self.client(method, path, body, headers)
         assert response.status_int == due, (method, path, body, headers, response)
         if "Idempotency-Key" in headers and due < 300 and self.dice.random() < 0.5:
@@ -6284,32 +6192,29 @@ class Player:
     def product(self):
         return self.dice.choice([*self.model.changes, *self.deleted])
 
-    def if_match(self, product):
-        """No condition, one that holds, or one that does not; and whether it lets a write pass."""
-        kind = self.dice.randrange(4)
-        if kind == 0 and product in self.model.changes:
-            etag = self.client("GET", f"/products/{product}/").headers["ETag"]
-            return {"If-Match": etag}, True
-        return ({"If-Match": '"stale"'}, False) if kind == 1 else ({}, True)
-
     def create_product(self):
         stock = self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])
-        if self.sent and self.dice.random() < 0.3:
-            self.send("POST", "/products/", {"name": "", "price": 1, "stock": stock}, 422)
-            return
         body = {"name": "x", "price": 0.1, "stock": stock}
+        if self.sent and self.dice.random() < 0.3:
+            self.send("POST", "/products/", {**body, "name": ""}, 422)
+            return
         product = self.send("POST", "/products/", body, 201).json["id"]
         self.model.changes[product] = [stock] if stock else []
 
     def write_product(self, method, path, body, act):
-        """A write to a product under a condition; act() is what the model makes of it."""
+        """A write to a product, maybe under a condition; act() is what the model makes of it."""
         product = self.product()
-        headers, passes = self.if_match(product)
-        due = 404 if product not in self.model.changes else 412
-        if due == 412 and passes:
-            due = act(product)
-        self.send(method, path.format(product), body, due, headers)
-        return product, due
+        headers = {}
+        due = None
+        match self.dice.randrange(4):
+            case 0 if product in self.model.changes:
+                headers["If-Match"] = etag_of(self.client, f"/products/{product}/")
+            case 1:
+                headers["If-Match"] = '"stale"'
+                due = 412
+        if product not in self.model.changes:
+            due = 404
+        self.send(method, path.format(product), body, due or act(product), headers)
 
     def update_product(self):
         stock = self.dice.choice([0, 20, 20, db.MAX_STOCK])
@@ -6324,16 +6229,17 @@ class Player:
     def update_stock(self):
         change = self.dice.choice([-(10**8), -9, -1, 0, 4, 12])
         body = {"change": change, "note": "counted"}
-        self.write_product(
-            "POST", "/products/{}/stock/", body, lambda product: self.model.move(product, change)
-        )
+        path = "/products/{}/stock/"
+        self.write_product("POST", path, body, lambda product: self.model.move(product, change))
 
     def delete_product(self):
+        def act(product):
+            del self.model.changes[product]
+            self.deleted.add(product)
+            return 204
+
         if self.dice.random() < 0.2:
-            product, due = self.write_product("DELETE", "/products/{}/", None, lambda product: 204)
-            if due == 204:
-                del self.model.changes[product]
-                self.deleted.add(product)
+            self.write_product("DELETE", "/products/{}/", None, act)
         if not self.model.changes:
             self.create_product()
 
@@ -6371,25 +6277,21 @@ def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop,
     players = [Player(shop.app.app, number) for number in range(6)]
     at_once(6, lambda n: players[n].play(350))
     assert sum(player.sent for player in players) > 2000
-    number_of_orders = 0
+    changes = {}
+    orders = {}
     for player in players:
-        model = player.model
-        for product, changes in model.changes.items():
-            steps = steps_of(shop, product)
-            assert [change for change, *_ in steps] == changes
-            assert shop.stock({"id": product}) == sum(changes)
+        changes |= player.model.changes
+        orders |= player.model.orders
         for product in player.deleted:
             assert shop("GET", f"/products/{product}/stock/").status_int == 404
-        for order_id, (status, lines) in model.orders.items():
-            order = shop("GET", f"/orders/{order_id}/").json
-            quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
-            assert (order["status"], quantities) == (status, lines)
-        number_of_orders += len(model.orders)
-    with connect(database) as connection:
-        counts = connection.execute("""
-            SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM product),
-                   (SELECT sum(stock) FROM product)
-        """).fetchone()
-    products = [changes for player in players for changes in player.model.changes.values()]
-    assert counts == (number_of_orders, len(products), sum(map(sum, products)))
+    for product in shop("GET", "/products/").json["products"]:
+        assert product["stock"] == sum(changes[product["id"]])
+        assert [change for change, *_ in steps_of(shop, product["id"])] == changes.pop(
+            product["id"]
+        )
+    assert changes == {}
+    for order in walk_pages(shop, "/orders/?limit=1000", "orders"):
+        quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
+        assert [order["status"], quantities] == orders.pop(order["id"])
+    assert orders == {}
     assert db.check_integrity(database) == []
