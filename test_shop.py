@@ -381,7 +381,7 @@ ABSURD_NUMBERS = ["1e999", "-1e999", "1e-1000000000", *HUGE_EXPONENTS, *LONG_NUM
 
 
 @pytest.mark.parametrize("number", ABSURD_NUMBERS)
-def test_absurd_numbers_are_refused_at_once(shop, number):
+def test_absurd_numbers_are_rejected_at_once(shop, number):
     body = f'{{"name": "x", "price": {number}, "stock": {number}}}'
     response = shop("POST", "/products/", body.encode())
     assert list(errors_of(response)) == ["#/price", "#/stock"]
@@ -416,7 +416,7 @@ def test_the_detail_counts_the_errors_and_names_the_first_three(shop):
         assert shop("POST", "/products/", body).json["detail"] == detail
 
 
-def test_a_number_out_of_its_range_is_told_the_range_whatever_else_it_breaks(shop):
+def test_the_message_for_a_number_out_of_range_is_the_range_whatever_else_is_wrong(shop):
     response = shop("POST", "/products/", {"name": "x", "price": 1_000_000.125, "stock": -0.5})
     assert response.json["detail"] == (
         "2 errors: price must be 0 to 1000000; stock must be 0 to 1000000000."
@@ -543,7 +543,7 @@ def test_an_invalid_query_parameter_is_named(shop, query, name):
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/openapi.json", "/products/1/", "/orders/1/"])
-def test_an_unknown_query_parameter_is_refused_everywhere(shop, mug, path):
+def test_an_unknown_query_parameter_is_rejected_everywhere(shop, mug, path):
     shop.order((1, 1))
     assert "x" in errors_of(shop("GET", path + "?x=1"))
     assert "x" in errors_of(shop("POST", "/orders/?x=1", order_of((1, 1))))
@@ -1162,7 +1162,7 @@ INVALID_ORDERS = [
 
 
 @pytest.mark.parametrize("body, pointers", INVALID_ORDERS)
-def test_an_invalid_order_is_refused_with_a_pointer_to_each_error(shop, mug, body, pointers):
+def test_an_invalid_order_is_rejected_with_a_pointer_to_each_error(shop, mug, body, pointers):
     assert list(errors_of(shop("POST", "/orders/", body))) == pointers.split()
     assert shop.stock(mug) == 5
 
@@ -1260,7 +1260,7 @@ def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_or
 
 
 @pytest.mark.parametrize("reference", ["x" * 201, "\0", "a\0b", "\ud800", None, 17, ["x"], True])
-def test_a_reference_that_is_no_text_of_up_to_200_characters_is_refused(shop, mug, reference):
+def test_a_reference_must_be_text_of_up_to_200_characters(shop, mug, reference):
     response = shop("POST", "/orders/", referring(reference, (1, 1)))
     assert list(errors_of(response)) == ["#/reference"]
     assert shop("PATCH", "/orders/1/", {"reference": "x"}).status_int == 422
@@ -1314,7 +1314,7 @@ def test_an_order_without_a_reference_is_in_no_index_of_references(shop, mug, da
 
 
 @pytest.mark.parametrize("reference", ["x" * 201, "a\0b"])
-def test_the_table_of_orders_refuses_what_is_no_reference(shop, mug, database, reference):
+def test_the_table_of_orders_rejects_an_invalid_reference(shop, mug, database, reference):
     shop.order((1, 1))
     with connect(database) as connection, pytest.raises(sqlite3.IntegrityError):
         connection.execute("UPDATE orders SET reference = ?", (reference,))
@@ -1341,7 +1341,7 @@ def test_a_repeat_gets_the_first_response_and_does_nothing(shop, mug):
         assert shop("GET", "/products/").json == products
 
 
-def test_a_key_with_another_request_is_refused(shop, mug):
+def test_a_key_with_another_request_is_rejected(shop, mug):
     key = {"Idempotency-Key": "k"}
     shop("POST", "/orders/", order_of((1, 1)), key)
     for path, body in [
@@ -1354,7 +1354,7 @@ def test_a_key_with_another_request_is_refused(shop, mug):
     assert shop.stock(mug) == 4
 
 
-def test_a_refused_request_may_be_tried_again_with_its_key(shop, mug):
+def test_a_rejected_request_may_be_repeated_with_its_key(shop, mug):
     key = {"Idempotency-Key": "k"}
     assert shop("POST", "/orders/", order_of((1, 6)), key).status_int == 409
     shop("POST", "/products/1/stock/", {"change": 1})
@@ -1474,7 +1474,7 @@ def test_each_route_is_open_to_those_tokens_that_its_access_names(
             assert response.status_int in (200, 201, 204), name
 
 
-def test_an_order_that_is_refused_for_its_token_takes_nothing_and_stores_no_key(make_shop):
+def test_an_order_that_is_rejected_for_its_token_takes_nothing_and_stores_no_key(make_shop):
     shop = make_shop(admin_token="adm1n", order_token="0rder")
     shop.app.app.store.create_product(name="x", price=100, stock=9)
     for credentials in WRONG_CREDENTIALS:
@@ -1762,10 +1762,8 @@ def get_page(shop, path="/"):
 def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_elsewhere(shop):
     response = shop("GET", "/", None, {"Accept": CHROME})
     page = Page(response.text)
-    policy = dict(
-        directive.strip().split(" ", 1)
-        for directive in response.headers["Content-Security-Policy"].split(";")
-    )
+    header = response.headers["Content-Security-Policy"]
+    policy = dict(directive.strip().split(" ", 1) for directive in header.split(";"))
     for tag in "style", "script":
         [text] = page.texts(tag)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -1775,7 +1773,7 @@ def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_els
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"
-    assert "unsafe" not in response.headers["Content-Security-Policy"]
+    assert "unsafe" not in header
     for tag, attributes, *_ in page.elements:
         assert tag not in ("iframe", "img", "object", "embed", "base")
         for name, value in attributes.items():
@@ -1951,9 +1949,6 @@ class Response(NamedTuple):
         return json.loads(self.body) if self.body else None
 
 
-RESET = Response(0, {}, b"")  # in place of a response: the connection was reset
-
-
 class Server:
     """A `python shop.py` on a port of its own, with a folder as its working directory."""
 
@@ -2057,8 +2052,6 @@ def read_responses(connection):
             data += part
     except TimeoutError:
         pass
-    except ConnectionResetError:
-        responses.append(RESET)
     while data:
         head, _, data = data.partition(b"\r\n\r\n")
         status_line, *lines = head.decode().split("\r\n")
@@ -2317,7 +2310,7 @@ def test_requests_in_one_packet_are_answered_in_their_order(server):
     assert counts == list(range(1, 21))
 
 
-def test_a_search_may_be_typed_into_curl_as_it_is(server):
+def test_a_search_may_be_typed_into_curl_unquoted(server):
     server.product(name="CAFÉ")
     [response] = server.send("GET /products/?q=é HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert response.status == 200
@@ -2476,7 +2469,8 @@ def test_a_second_signal_ends_the_server_at_once(server, database):
 def test_an_urgent_byte_closes_its_connection_and_no_more(server):
     with server.connect() as connection:
         connection.send(b"x", socket.MSG_OOB)
-        assert read_responses(connection) in ([], [RESET])
+        with contextlib.suppress(ConnectionResetError):
+            assert read_responses(connection) == []
     assert server("GET", "/healthz").status == 200
 
 
@@ -2505,26 +2499,31 @@ def test_a_connection_that_is_reset_between_two_requests_does_no_harm(server, da
     assert server("GET", "/healthz").status == 200
 
 
-def test_clients_that_vanish_leave_nothing_behind(server):
+def test_clients_that_vanish_leave_nothing_behind(start_server):
+    server = start_server("gc.disable()")  # all is freed without it
     server.product(stock=10**9)
+    half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
     order = order_request(1)
 
     def files_and_memory():
+        assert server("GET", "/healthz").status == 200
         return len(os.listdir(f"/proc/{server.process.pid}/fd")), resident_memory(server)
 
-    def vanish(times):
-        for number in range(times):
-            with server.connect(**RESET_ON_CLOSE) as connection:
-                connection.sendall(order[: len(order) - number % 3 * 40])
-        for _ in range(100):
-            assert server("GET", "/products/").status == 200
-
-    vanish(300)
     files, memory = files_and_memory()
-    vanish(1500)
+    for number in range(16):
+        connections = [server.connect(**RESET_ON_CLOSE if number % 2 else {}) for _ in range(60)]
+        for connection in connections:
+            connection.sendall(half)
+        for _ in range(len(half) // shop_module.RECV_BYTES + 2):
+            server("GET", "/healthz")  # in each turn the server reads a piece of every one
+        for connection in connections:
+            connection.close()
+        for missing in (0, 40, 80) * 35:
+            with server.connect(**RESET_ON_CLOSE) as connection:
+                connection.sendall(order[: len(order) - missing])
     later_files, later_memory = files_and_memory()
     assert later_files <= files + 3
-    assert later_memory < memory + (4 << 20)
+    assert later_memory < memory + (30 << 20)  # 96 MB have been sent
     assert server.order().status == 201
 
 
@@ -3449,7 +3448,7 @@ def test_openapi_has_no_keyword_that_generators_and_validators_stumble_over():
         assert not keyword.lower().startswith("x-"), keyword
 
 
-def test_two_decimals_the_repeated_product_and_defaults_are_said_in_words():
+def test_two_decimals_unique_products_and_defaults_are_described_in_words():
     schemas = openapi()["components"]["schemas"]
 
     def words(name, field):
@@ -3581,18 +3580,14 @@ def test_each_type_of_a_409_and_a_422_has_a_schema_of_its_own():
         assert set(schema["required"]) == {"type", "title", "status", "detail"} | members
 
 
-def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_accepts(shop, mug):
+def test_the_schemas_of_openapi_accept_and_reject_what_the_shop_does(shop, mug):
     schemas = openapi()["components"]["schemas"]
     for field, values in INVALID_FIELDS.items():
         for value in values:
-            in_words = value == 9.999 or (
-                isinstance(value, str) and re.search("[\ud800-\udfff]", value)
-            )
-            for body, name in [
-                ({"name": "x", "price": 1, field: value}, "NewProduct"),
-                ({field: value}, "ProductUpdate"),
-            ]:
-                assert bool(in_words) != any(schema_errors(body, schemas[name])), body
+            in_words = value in (9.999, "\ud800", "x\udfff")
+            new = {"name": "x", "price": 1, field: value}
+            assert in_words != any(schema_errors(new, schemas["NewProduct"])), new
+            assert in_words != any(schema_errors({field: value}, schemas["ProductUpdate"])), new
     for body, _ in INVALID_ORDERS:
         repeats = body == order_of((1, 1), (1, 1))
         assert repeats != any(schema_errors(body, schemas["NewOrder"])), body
@@ -4010,7 +4005,7 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut():
             assert parse(request, cut) == whole, (request, cut)
 
 
-def test_the_rejection_of_a_head_has_no_body(server):
+def test_a_rejected_head_gets_no_body(server):
     rejected = {request for request, status in RAW_REQUESTS if status >= 400}
     statuses = set()
     for request in sorted(re.sub(rb"^(POST|GET|get) ", b"HEAD ", request) for request in rejected):
@@ -4037,20 +4032,12 @@ def test_a_compressed_body_is_a_415_that_names_its_coding(shop, coding):
     assert shop("POST", "/products/", {"name": "x", "price": 1}, plain).json["id"] == 1
 
 
-def test_only_health_may_not_be_stored_and_whatever_may_change_is_asked_for_again(shop, mug):
+def test_only_health_may_not_be_stored_and_all_else_is_revalidated(shop, mug):
     shop.order((1, 1))
-    for path, expected in [
-        ("/healthz", "no-store"),
-        ("/", "no-cache"),
-        ("/openapi.json", "no-cache"),
-        ("/products/", "no-cache"),
-        ("/products/1/", "no-cache"),
-        ("/orders/", "no-cache"),
-        ("/orders/1/", "no-cache"),
-        ("/products/7/", "no-cache"),
-        ("/nowhere", "no-cache"),
-    ]:
-        assert shop("GET", path).headers["Cache-Control"] == expected
+    assert shop("GET", "/healthz").headers["Cache-Control"] == "no-store"
+    paths = "/ /openapi.json /products/ /products/1/ /orders/ /orders/1/ /products/7/ /nowhere"
+    for path in paths.split():
+        assert shop("GET", path).headers["Cache-Control"] == "no-cache"
 
 
 def test_a_body_of_unknown_length_is_a_411_and_an_empty_one_a_400(shop):
@@ -4175,7 +4162,7 @@ FLOODS = [
 ]
 
 
-def test_a_flood_is_refused_at_little_cost(server):
+def test_a_flood_is_rejected_at_little_cost(server):
     for flood, status in FLOODS:
         before = cpu_seconds(server)
         for _ in range(3):
@@ -4313,27 +4300,6 @@ def resident_memory(server):
     """Bytes of memory that the server's process holds."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
-
-
-def test_half_a_request_is_freed_with_its_connection(start_server):
-    server = start_server("gc.disable()")
-    half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
-    server("GET", "/healthz")
-    before = resident_memory(server)
-    for number in range(16):
-        connections = [server.connect() for _ in range(60)]
-        for connection in connections:
-            connection.sendall(half)
-        for _ in range(len(half) // shop_module.RECV_BYTES + 2):
-            server("GET", "/healthz")  # in each turn the server reads a piece of every one
-        for connection in connections:
-            if number % 2:
-                connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE["SO_LINGER"]
-                )
-            connection.close()
-    server("GET", "/healthz")
-    assert resident_memory(server) - before < 30 << 20  # 96 MB have been sent, half is reset
 
 
 def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, database):
@@ -5580,7 +5546,7 @@ NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 9999999999"
 
 @pytest.mark.parametrize("value", NO_MINUTES.split())
 @pytest.mark.parametrize("arguments, status", [([], 2), (["expire"], 1)])
-def test_a_timeout_that_is_no_number_of_minutes_is_refused(
+def test_a_timeout_must_be_a_number_of_minutes(
     tmp_path, monkeypatch, capsys, value, arguments, status
 ):
     monkeypatch.chdir(tmp_path)
