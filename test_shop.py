@@ -1494,7 +1494,10 @@ def test_a_token_for_orders_needs_one_for_the_admin(make_shop):
 # ---------------------------------------------------------------------------------------- browsers
 
 ORIGIN = "https://shop.example"
-CORS_SETTINGS = [ORIGIN, f"http://localhost:3000, {ORIGIN}", f"{ORIGIN} http://[::1]:80", "*"]
+CORS_SETTINGS = [
+    *(ORIGIN, f"http://localhost:3000 , {ORIGIN},", f" {ORIGIN}  http://[::1]:80 "),
+    *(f"http://a,{ORIGIN}", "*", f"*,{ORIGIN}"),
+]
 EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "Idempotent-Replayed"}
 PREFLIGHT_HEADERS = {
     "Authorization",
@@ -1557,11 +1560,11 @@ def test_a_page_of_a_listed_origin_may_see_every_response(make_shop, origins):
         assert "Set-Cookie" not in response.headers
         sent = cors_headers(response)
         assert sent.keys() == {"allow-origin", "expose-headers"}
-        assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+        assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
         assert names_in(sent["expose-headers"]) == EXPOSED_HEADERS
         [vary] = [value for name, value in response.headers.items() if name == "Vary"] or [""]
         expected = {"Accept"} if path == "/" else set()
-        expected |= set() if origins == "*" else {"Origin"}
+        expected |= set() if "*" in origins else {"Origin"}
         assert names_in(vary) - {""} == expected
 
 
@@ -1610,7 +1613,7 @@ def test_a_preflight_is_a_204_that_allows_the_methods_of_the_path_and_its_header
             assert response.status_int == 204
             assert response.body == b""
             sent = cors_headers(response)
-            assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+            assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
             assert names_in(sent["allow-methods"]) == {*methods.split(), "OPTIONS"}
             assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
 
@@ -1660,14 +1663,6 @@ def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_mad
         for accept, media_type in ("text/html", "text/html"), ("*/*", "application/json"):
             response = server("GET", "/", Accept=accept)
             assert response.headers.get_content_type() == media_type
-
-
-def test_origins_are_separated_by_blanks_commas_or_both(make_shop):
-    for origins in f"{ORIGIN},http://a", f" {ORIGIN}  http://a ", f"http://a , {ORIGIN},":
-        response = make_shop(cors_origins=origins)("GET", "/", None, {"Origin": ORIGIN})
-        assert cors_headers(response)["allow-origin"] == ORIGIN
-    response = make_shop(cors_origins=f"*,{ORIGIN}")("GET", "/", None, {"Origin": ORIGIN})
-    assert cors_headers(response)["allow-origin"] == "*"
 
 
 # --- the page at /
