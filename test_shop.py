@@ -136,7 +136,7 @@ def openapi():
 
 
 def declared_operation(method, path):
-    """What /openapi.json says of a request; None where it does not know the path or method."""
+    """The operation in /openapi.json of a request, or None for a path or method not in it."""
     method = "get" if method == "HEAD" else method.lower()
     for template, operations in openapi()["paths"].items():
         pattern = re.sub(r"\{\w+\}", "[0-9]+", template.removesuffix("/")) + "/?"
@@ -146,7 +146,7 @@ def declared_operation(method, path):
 
 
 def resolve(declaration):
-    """What a {"$ref": "#/components/..."} refers to; anything else is returned as it is."""
+    """What a {"$ref": "#/components/..."} refers to; anything else is returned unchanged."""
     if "$ref" not in declaration:
         return declaration
     target = openapi()
@@ -194,20 +194,18 @@ def schema_errors(value, schema, path="#", *, closed=False):
     """
     schema = resolve(schema)
     fields = value if isinstance(value, dict) else {}
-    for keyword, argument in schema.items():
+    for keyword, given in schema.items():
         if keyword in HOLDS:
-            if not HOLDS[keyword](value, argument):
+            if not HOLDS[keyword](value, given):
                 yield f"{path} {keyword}"
         elif keyword == "properties":
-            for name in argument.keys() & fields.keys():
-                yield from schema_errors(
-                    fields[name], argument[name], f"{path}/{name}", closed=closed
-                )
+            for name in given.keys() & fields.keys():
+                yield from schema_errors(fields[name], given[name], f"{path}/{name}", closed=closed)
         elif keyword == "items":
             for position, item in enumerate(value if isinstance(value, list) else []):
-                yield from schema_errors(item, argument, f"{path}/{position}", closed=closed)
+                yield from schema_errors(item, given, f"{path}/{position}", closed=closed)
         elif keyword == "oneOf":
-            yield from schema_errors(value, branch_of(argument, value), path, closed=closed)
+            yield from schema_errors(value, branch_of(given, value), path, closed=closed)
         else:
             assert keyword == "additionalProperties" or keyword in ANNOTATIONS, keyword
     if schema.get("additionalProperties") is False or (closed and "properties" in schema):
@@ -258,9 +256,7 @@ def mug(shop):
 def order_of(*lines):
     """The body of an order: order_of((1, 3)) is for three pieces of product 1."""
     return {
-        "products": [
-            {"product_id": product_id, "quantity": quantity} for product_id, quantity in lines
-        ]
+        "products": [{"product_id": number, "quantity": quantity} for number, quantity in lines]
     }
 
 
@@ -418,9 +414,8 @@ def test_the_detail_counts_the_errors_and_names_the_first_three(shop):
 
 def test_the_message_for_a_number_out_of_range_is_the_range_whatever_else_is_wrong(shop):
     response = shop("POST", "/products/", {"name": "x", "price": 1_000_000.125, "stock": -0.5})
-    assert response.json["detail"] == (
-        "2 errors: price must be 0 to 1000000; stock must be 0 to 1000000000."
-    )
+    detail = "2 errors: price must be 0 to 1000000; stock must be 0 to 1000000000."
+    assert response.json["detail"] == detail
 
 
 @pytest.mark.parametrize(
@@ -1244,9 +1239,7 @@ def referring(reference, *lines):
 
 
 @pytest.mark.parametrize("reference", ["", "cart-17", "é" * 200, "😀" * 200, " \t\n", "ﬁ/?&=#%00"])
-def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_order(
-    shop, mug, reference
-):
+def test_a_reference_is_text_of_the_caller_that_stays_with_the_order(shop, mug, reference):
     created = shop("POST", "/orders/", referring(reference, (1, 1)))
     assert created.status_int == 201
     assert created.json["reference"] == reference
@@ -1307,9 +1300,8 @@ def test_an_order_without_a_reference_is_in_no_index_of_references(shop, mug, da
     with connect(database) as connection:
         sql = "SELECT name, partial FROM pragma_index_list('orders')"
         assert ("orders_by_reference", 1) in connection.execute(sql).fetchall()
-        [[where]] = connection.execute(
-            "SELECT sql FROM sqlite_schema WHERE name = 'orders_by_reference'"
-        )
+        sql = "SELECT sql FROM sqlite_schema WHERE name = 'orders_by_reference'"
+        [[where]] = connection.execute(sql)
         assert where.endswith("WHERE reference <> ''")
 
 
@@ -1455,9 +1447,7 @@ ACCESS = {
         ({"admin_token": "same", "order_token": "same"}, "same", "nobody order admin"),
     ],
 )
-def test_each_route_is_open_to_those_tokens_that_its_access_names(
-    make_shop, settings, token, open_to_it
-):
+def test_each_route_is_open_to_the_tokens_its_access_names(make_shop, settings, token, open_to_it):
     assert set(ACCESS) == {route.callback.__name__ for route in shop_module.api.routes}
     shop = make_shop(**settings)
     store = shop.app.app.store
@@ -1598,9 +1588,7 @@ def test_a_shop_without_the_setting_sends_no_such_header(make_shop):
 
 
 @pytest.mark.parametrize("origins", CORS_SETTINGS)
-def test_a_preflight_is_a_204_that_allows_the_methods_of_the_path_and_its_headers(
-    make_shop, origins
-):
+def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(make_shop, origins):
     shop = cors_shop(make_shop, origins)
     for path, methods in PATH_METHODS.items():
         for method in methods.split():
@@ -1858,9 +1846,8 @@ def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
     assert len(page.texts("script")) == 1
     [body] = page.texts("textarea", "create_product")
     assert json.loads(body)["name"] == html
-    hostile = shop.app.get(
-        "/", headers={"Accept": CHROME}, extra_environ={"SCRIPT_NAME": '/"><script>x</script>'}
-    )
+    mount_point = {"SCRIPT_NAME": '/"><script>x</script>'}
+    hostile = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point)
     assert len(Page(hostile.text).texts("script")) == 1
 
 
@@ -3214,15 +3201,12 @@ def test_the_version_is_one_line(tmp_path):
     result = Server(tmp_path, PORT="nonsense").run("--version")
     assert result.returncode == 0
     assert result.stderr == ""
-    assert re.fullmatch(
-        rf"shop {re.escape(shop_module.VERSION)}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout
-    )
+    version = re.escape(shop_module.VERSION)
+    assert re.fullmatch(rf"shop {version}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout)
     assert openapi()["info"]["version"] == shop_module.VERSION
 
 
-def test_a_read_only_server_shows_each_change_and_rejects_every_write(
-    server, start_server, tmp_path
-):
+def test_a_read_only_server_shows_every_change_and_rejects_writes(server, start_server, tmp_path):
     copy = start_server(READ_ONLY="true")
     assert copy("GET", "/healthz").json == {"status": "ok", "read_only": True}
     for count in 1, 2, 3:
@@ -4169,9 +4153,8 @@ def test_a_flood_is_rejected_at_little_cost(server):
 
 
 def test_a_query_with_too_many_parameters_names_the_first_that_is_too_many(shop):
-    errors = errors_of(
-        shop("GET", "/products/?limit=1&" + "&".join(f"a{n}=1" for n in range(2000)))
-    )
+    query = "&".join(f"a{n}=1" for n in range(2000))
+    errors = errors_of(shop("GET", f"/products/?limit=1&{query}"))
     assert len(errors) < 25
     assert "one too many" in errors["a19"]
 
@@ -5541,9 +5524,7 @@ NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 9999999999"
 
 @pytest.mark.parametrize("value", NO_MINUTES.split())
 @pytest.mark.parametrize("arguments, status", [([], 2), (["expire"], 1)])
-def test_a_timeout_must_be_a_number_of_minutes(
-    tmp_path, monkeypatch, capsys, value, arguments, status
-):
+def test_a_timeout_is_a_number_of_minutes(tmp_path, monkeypatch, capsys, value, arguments, status):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ORDER_TIMEOUT", value)
     assert shop_module.main(arguments) == status
@@ -6246,10 +6227,9 @@ def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop,
         for product in player.deleted:
             assert shop("GET", f"/products/{product}/stock/").status_int == 404
     for product in shop("GET", "/products/").json["products"]:
-        assert product["stock"] == sum(changes[product["id"]])
-        assert [change for change, *_ in steps_of(shop, product["id"])] == changes.pop(
-            product["id"]
-        )
+        due = changes.pop(product["id"])
+        assert product["stock"] == sum(due)
+        assert [change for change, *_ in steps_of(shop, product["id"])] == due
     assert changes == {}
     for order in walk_pages(shop, "/orders/?limit=1000", "orders"):
         quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
