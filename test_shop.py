@@ -2058,7 +2058,7 @@ def start_server(tmp_path):
     servers = []
 
     def start(setup="", **settings):
-        program = f"import gc, resource, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
+        program = f"import gc, os, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
         servers.append(Server(tmp_path, **settings).start(program if setup else None))
         return servers[-1]
 
@@ -2292,6 +2292,16 @@ def test_requests_in_one_packet_are_answered_in_their_order(server):
     assert counts == list(range(1, 21))
 
 
+def test_a_body_with_the_bytes_of_a_cached_request_is_a_body(server):
+    assert [response.status for response in server.send(GET_PRODUCTS, GET_PRODUCTS)] == [200, 200]
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(GET_PRODUCTS)
+    with server.connect() as connection:
+        connection.sendall(head)
+        assert server("GET", "/healthz").status == 200  # by now it has been read
+        connection.sendall(GET_PRODUCTS)
+        assert [response.status for response in read_responses(connection)] == [400]
+
+
 def test_a_search_may_be_typed_into_curl_unquoted(server):
     server.product(name="CAFÉ")
     [response] = server.send("GET /products/?q=é HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -2403,13 +2413,15 @@ def fill(database, products, size=10_000):
 
 def test_a_slow_reader_gets_large_responses_in_full_while_the_server_stops(server, database):
     fill(database, 1800)  # waitress would wait for a second thread above 16 MiB
-    with server.connect() as reader, server.connect() as idle:
+    with server.connect(SO_RCVBUF=1 << 16) as reader, server.connect() as idle:
         reader.sendall(GET_PRODUCTS * 2)
         idle.sendall(b"GET /healthz HTTP/1.1\r\n")
+        reader.recv(1, socket.MSG_PEEK)
         assert server.order().status == 201  # the others go on
+        reader.sendall(GET_HEALTH)  # what is not read must not make the end a reset
         server.process.terminate()
         data = read_to_end(reader)
-        assert data.count(b"HTTP/1.1 200 OK") == 2
+        assert data.count(b"HTTP/1.1 200 OK") >= 2
         assert data.count(b'"next":null}') == 2
     assert server.process.wait(5) == 0
 
@@ -2452,19 +2464,8 @@ def test_an_urgent_byte_closes_its_connection_and_no_more(server):
     with server.connect() as connection:
         connection.send(b"x", socket.MSG_OOB)
         with contextlib.suppress(ConnectionResetError):
-            assert read_responses(connection) == []
+            assert read_to_end(connection) == b""
     assert server("GET", "/healthz").status == 200
-
-
-def test_a_response_is_sent_in_full_at_shutdown_though_the_client_sends_more(server, database):
-    fill(database, 600)
-    with server.connect(SO_RCVBUF=1 << 16) as reader:
-        reader.sendall(GET_PRODUCTS)
-        reader.recv(10)
-        reader.sendall(GET_HEALTH)
-        server.process.terminate()
-        assert b'"next":null}' in read_to_end(reader)
-    assert server.process.wait(5) == 0
 
 
 RESET_ON_CLOSE = {"SO_LINGER": struct.pack("ii", 1, 0)}
@@ -2626,15 +2627,17 @@ def test_the_access_log_has_one_line_a_request(server):
         assert re.fullmatch(stamp + pattern + r" \d+\.\d\n", line), line
 
 
-def test_the_log_says_how_long_each_request_of_one_packet_took(start_server):
+def test_the_log_says_how_long_each_request_of_one_packet_took(start_server, tmp_path):
     server = start_server(SLOW_LISTS)
     with server.connect() as connection:
         connection.sendall(GET_PRODUCTS + closing(GET_HEALTH))
+        assert not select.select([connection], [], [], 0.3)[0]
+        (tmp_path / "go").touch()
         assert read_to_end(connection).count(b"HTTP/1.1 200 OK") == 2
     server.end()
     first, second = (float(line.split()[-1]) for line in server.log[2:])
     assert first > second
-    assert first > 500
+    assert first > 250
 
 
 def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(start_server):
@@ -3489,13 +3492,6 @@ def test_openapi_declares_an_etag_where_a_success_has_one(make_shop, tmp_path):
         assert ("ETag" in response.headers) == ("ETag" in headers), name
 
 
-def test_every_parameter_of_openapi_has_a_description():
-    for _, _, operation in operations_of_openapi():
-        for item in operation["parameters"]:
-            assert item["description"].endswith("."), item["name"]
-            assert item["required"] == (item["in"] == "path")
-
-
 def test_openapi_has_just_the_components_that_it_refers_to():
     components = openapi()["components"]
     defined = {(kind, name) for kind in ("schemas", "responses") for name in components[kind]}
@@ -3516,12 +3512,15 @@ def test_nested_schemas_are_references():
                     assert content["schema"].keys() <= {"$ref", "oneOf"}
 
 
-def test_every_operation_has_a_tag_a_summary_a_description_and_a_name_of_its_own():
+def test_every_operation_and_parameter_is_described_and_every_tag_used():
     operations = [operation for _, _, operation in operations_of_openapi()]
     assert sorted(operation["operationId"] for operation in operations) == sorted(ACCESS)
     for operation in operations:
         assert operation["summary"].strip()
         assert operation["description"].strip()
+        for item in operation["parameters"]:
+            assert item["description"].endswith("."), item["name"]
+            assert item["required"] == (item["in"] == "path")
     used = {tag for operation in operations for [tag] in [operation["tags"]]}
     assert used == {tag["name"] for tag in openapi()["tags"]}
 
@@ -4253,24 +4252,27 @@ def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
             assert len(read_responses(early)[0].json["products"]) == 20_000
 
 
-# Lists of products take a while, as in a catalogue of millions.
+# A list of products takes until there is a file "go", as one of millions would take a while.
 SLOW_LISTS = """
 def list_slowly(store, list_products=db.Store.list_products_json, **query):
-    time.sleep(0.5)
+    end = time.monotonic() + 5
+    while not os.path.exists("go") and time.monotonic() < end:
+        time.sleep(0.01)
     return list_products(store, **query)
 
 db.Store.list_products_json = list_slowly
 """
 
 
-def test_a_long_read_does_not_hold_up_the_others(start_server):
+def test_a_long_read_does_not_hold_up_the_others(start_server, tmp_path):
     server = start_server(SLOW_LISTS)
     with server.connect() as connection:
         connection.sendall(closing(GET_PRODUCTS))
-        assert time_health(server, 20)[-1] < 0.4
+        assert server("GET", "/healthz").status == 200
         assert server.product().status == 201
         assert server("GET", "/products/1/").status == 200
         assert not select.select([connection], [], [], 0)[0]  # it is not answered yet
+        (tmp_path / "go").touch()
         assert b" 200 OK" in read_to_end(connection)
 
 
@@ -4294,7 +4296,7 @@ def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, data
     assert server.end()[0] == 0
 
 
-def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server):
+def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server, tmp_path):
     server = start_server(SLOW_LISTS)
     server.product()
     with server.connect() as patient:
@@ -4303,6 +4305,7 @@ def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server):
                 connection.sendall(GET_PRODUCTS)
                 assert server("GET", "/healthz").status == 200
         patient.sendall(closing(GET_PRODUCTS))
+        (tmp_path / "go").touch()
         assert b'"next":null}' in read_to_end(patient)
     assert server.product().status == 201
     assert len(server("GET", "/products/").json["products"]) == 2
