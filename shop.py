@@ -1818,7 +1818,7 @@ TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[01]\r\n")
 FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
 BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
-CODING = re.compile(rb"\r\nTransfer-Encoding:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE)
+CODING = re.compile(rb"\r\nTransfer-Encoding:[ \t]*([^\r]*?)[ \t]*(?=\r)", re.IGNORECASE)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 # What waitress would skip, or wait behind: no method at the start, a bare CR or LF.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)

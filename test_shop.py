@@ -92,11 +92,20 @@ class Client:
         return self("GET", f"/products/{product['id']}/").json["stock"]
 
 
+# RFC 9110's phrases; 413 has an older one in Python before 3.13.
+TITLES = {status.value: status.phrase for status in http.HTTPStatus} | {413: "Content Too Large"}
+
+
 def assert_problem(response):
     assert response.content_type == "application/problem+json", response
-    assert response.json["status"] == response.status_int
-    for field in "type", "title", "detail":
-        assert response.json[field], response
+    problem = response.json
+    assert problem["status"] == response.status_int
+    assert problem["title"]
+    assert problem["detail"]
+    if problem["status"] in (409, 422):
+        assert problem["type"].startswith("urn:problem-type:")
+    else:
+        assert (problem["type"], problem["title"]) == ("about:blank", TITLES[problem["status"]])
 
 
 def assert_declared(method, path, response):
@@ -127,7 +136,7 @@ def openapi():
 
 
 def declared_operation(method, path):
-    """What /openapi.json says of a request; None where it does not know the path or method."""
+    """The operation in /openapi.json of a request, or None for a path or method not in it."""
     method = "get" if method == "HEAD" else method.lower()
     for template, operations in openapi()["paths"].items():
         pattern = re.sub(r"\{\w+\}", "[0-9]+", template.removesuffix("/")) + "/?"
@@ -137,7 +146,7 @@ def declared_operation(method, path):
 
 
 def resolve(declaration):
-    """What a {"$ref": "#/components/..."} refers to; anything else is returned as it is."""
+    """What a {"$ref": "#/components/..."} refers to; anything else is returned unchanged."""
     if "$ref" not in declaration:
         return declaration
     target = openapi()
@@ -158,7 +167,10 @@ IS_OF_TYPE = {
     "integer": lambda value: IS_OF_TYPE["number"](value) and value == int(value),
 }
 HOLDS = {
-    "type": lambda value, types: any(IS_OF_TYPE[kind](value) for kind in as_list(types)),
+    # A type or a list of types, no name of which is part of another.
+    "type": lambda value, types: any(
+        IS_OF_TYPE[kind](value) for kind in IS_OF_TYPE if kind in types
+    ),
     "enum": lambda value, values: value in values,
     "const": lambda value, constant: value == constant,
     "minimum": lambda value, least: not IS_OF_TYPE["number"](value) or value >= least,
@@ -178,10 +190,6 @@ HOLDS = {
 ANNOTATIONS = {"description", "examples", "format"}
 
 
-def as_list(value):
-    return value if isinstance(value, list) else [value]
-
-
 def schema_errors(value, schema, path="#", *, closed=False):
     """Where a value breaks a schema of /openapi.json, and by which keyword.
 
@@ -189,35 +197,30 @@ def schema_errors(value, schema, path="#", *, closed=False):
     it: no response of ours may have one.
     """
     schema = resolve(schema)
-    for keyword, argument in schema.items():
+    fields = value if isinstance(value, dict) else {}
+    for keyword, given in schema.items():
         if keyword in HOLDS:
-            if not HOLDS[keyword](value, argument):
+            if not HOLDS[keyword](value, given):
                 yield f"{path} {keyword}"
         elif keyword == "properties":
-            for name in argument.keys() & as_fields(value).keys():
-                yield from schema_errors(
-                    value[name], argument[name], f"{path}/{name}", closed=closed
-                )
+            for name in given.keys() & fields.keys():
+                yield from schema_errors(fields[name], given[name], f"{path}/{name}", closed=closed)
         elif keyword == "propertyNames":
-            for name in as_fields(value):
-                yield from schema_errors(name, argument, f"{path}/{name}")
-        elif keyword == "additionalProperties" and argument is not False:
-            for name in as_fields(value).keys() - schema.get("properties", {}).keys():
-                yield from schema_errors(value[name], argument, f"{path}/{name}")
+            for name in fields:
+                yield from schema_errors(name, given, f"{path}/{name}")
+        elif keyword == "additionalProperties" and given is not False:
+            for name in fields.keys() - schema.get("properties", {}).keys():
+                yield from schema_errors(fields[name], given, f"{path}/{name}")
         elif keyword == "items":
             for position, item in enumerate(value if isinstance(value, list) else []):
-                yield from schema_errors(item, argument, f"{path}/{position}", closed=closed)
+                yield from schema_errors(item, given, f"{path}/{position}", closed=closed)
         elif keyword == "oneOf":
-            yield from schema_errors(value, branch_of(argument, value), path, closed=closed)
+            yield from schema_errors(value, branch_of(given, value), path, closed=closed)
         else:
             assert keyword == "additionalProperties" or keyword in ANNOTATIONS, keyword
     if schema.get("additionalProperties") is False or (closed and "properties" in schema):
-        for name in as_fields(value).keys() - schema["properties"].keys():
+        for name in fields.keys() - schema["properties"].keys():
             yield f"{path}/{name} additionalProperties"
-
-
-def as_fields(value):
-    return value if isinstance(value, dict) else {}
 
 
 def branch_of(schemas, value):
@@ -263,9 +266,7 @@ def mug(shop):
 def order_of(*lines):
     """The body of an order: order_of((1, 3)) is for three pieces of product 1."""
     return {
-        "products": [
-            {"product_id": product_id, "quantity": quantity} for product_id, quantity in lines
-        ]
+        "products": [{"product_id": number, "quantity": quantity} for number, quantity in lines]
     }
 
 
@@ -274,21 +275,16 @@ def bearer(token):
 
 
 def errors_of(response):
-    """From the pointer or parameter of each error of a 422 to what is wrong there."""
+    """What is wrong at each pointer or parameter that a 422 names."""
     assert response.status_int == 422, response
     assert response.json["type"] == "urn:problem-type:validation"
     errors = response.json["errors"]
-    assert response.json["detail"] == summary_of([error["detail"] for error in errors])
+    parts = [error["detail"].removesuffix(".") for error in errors[:3]]
+    if len(errors) > 3:
+        parts.append(f"and {len(errors) - 3} more")
+    noun = "error" if len(errors) == 1 else "errors"
+    assert response.json["detail"] == f"{len(errors)} {noun}: {'; '.join(parts)}."
     return {error.get("pointer", error.get("parameter")): error["detail"] for error in errors}
-
-
-def summary_of(details):
-    """The detail that counts the errors and names the first three."""
-    parts = [detail.removesuffix(".") for detail in details[:3]]
-    if len(details) > 3:
-        parts.append(f"and {len(details) - 3} more")
-    noun = "error" if len(details) == 1 else "errors"
-    return f"{len(details)} {noun}: {'; '.join(parts)}."
 
 
 def at_once(number, work):
@@ -397,7 +393,7 @@ ABSURD_NUMBERS = ["1e999", "-1e999", "1e-1000000000", *HUGE_EXPONENTS, *LONG_NUM
 
 
 @pytest.mark.parametrize("number", ABSURD_NUMBERS)
-def test_absurd_numbers_are_refused_at_once(shop, number):
+def test_absurd_numbers_are_rejected_at_once(shop, number):
     body = f'{{"name": "x", "price": {number}, "stock": {number}}}'
     response = shop("POST", "/products/", body.encode())
     assert list(errors_of(response)) == ["#/price", "#/stock"]
@@ -405,9 +401,8 @@ def test_absurd_numbers_are_refused_at_once(shop, number):
 
 def test_all_errors_are_reported_at_once(shop):
     body = {"price": "1", "stock": -1, "colour": "red", "a/b~c d": 1, "": 1}
-    response = shop("POST", "/products/", body)
     allowed = "allowed: name, description, price, stock, sku, metadata."
-    assert errors_of(response) == {
+    assert errors_of(shop("POST", "/products/", body)) == {
         "#/name": "name is required.",
         "#/price": "price must be a number.",
         "#/stock": "stock must be 0 to 1000000000.",
@@ -415,56 +410,40 @@ def test_all_errors_are_reported_at_once(shop):
         "#/a~1b~0c%20d": f"a/b~c d is an unknown field; {allowed}",
         "#/": f'"" is an unknown field; {allowed}',
     }
-    assert response.json["detail"].startswith("6 errors: ")
-    assert response.json["detail"].endswith("; and 3 more.")
 
 
-@pytest.mark.parametrize(
-    "body, detail",
-    [
-        ({"price": 1}, "1 error: name is required."),
-        (
-            {"name": "x", "price": "1", "stock": 1.5},
-            "2 errors: price must be a number; stock must be an integer.",
-        ),
-        (
-            {"name": 1, "price": "1", "stock": 1.5},
-            "3 errors: name must be a string; price must be a number; stock must be an integer.",
-        ),
-        (
-            {"name": 1, "price": "1", "stock": 1.5, "description": 1},
-            "4 errors: name must be a string; price must be a number; stock must be an integer; "
-            "and 1 more.",
-        ),
-    ],
-)
-def test_the_detail_counts_the_errors_and_names_the_first_three(shop, body, detail):
-    assert shop("POST", "/products/", body).json["detail"] == detail
+def test_the_detail_counts_the_errors_and_names_the_first_three(shop):
+    wrong = {"name": 1, "price": "1", "stock": 1.5, "description": 1}
+    name = "name must be a string"
+    price = "price must be a number"
+    stock = "stock must be an integer"
+    for number, detail in [
+        (1, f"1 error: {name}."),
+        (2, f"2 errors: {name}; {price}."),
+        (3, f"3 errors: {name}; {price}; {stock}."),
+        (4, f"4 errors: {name}; {price}; {stock}; and 1 more."),
+    ]:
+        body = {"name": "x", "price": 1} | dict(list(wrong.items())[:number])
+        assert shop("POST", "/products/", body).json["detail"] == detail
 
 
-def test_a_number_out_of_its_range_is_told_the_range_whatever_else_it_breaks(shop):
+def test_the_message_for_a_number_out_of_range_is_the_range_whatever_else_is_wrong(shop):
     response = shop("POST", "/products/", {"name": "x", "price": 1_000_000_000.125, "stock": -0.5})
-    assert response.json["detail"] == (
-        "2 errors: price must be 0 to 1000000000; stock must be 0 to 1000000000."
-    )
+    detail = "2 errors: price must be 0 to 1000000000; stock must be 0 to 1000000000."
+    assert response.json["detail"] == detail
 
 
 @pytest.mark.parametrize(
     "body, detail",
     [
-        (b"", "JSON"),
-        (b"{", "JSON"),
-        (b"nonsense", "JSON"),
+        *((body, "JSON") for body in (b"", b"{", b"nonsense", b'{"name": "a\nb"}', b"{} {}")),
+        (b"\xef\xbb\xbf{}", "JSON"),
         (b'{"name": NaN}', "NaN is not valid JSON"),
         (b'{"name": -Infinity}', "Infinity is not valid JSON"),
         (b'{"name": "\xff"}', "UTF-8"),
         ('{"name": "x"}'.encode("utf-16"), "UTF-8"),
-        (b"\xef\xbb\xbf{}", "JSON"),
         (b'{"name": "a", "name": "b", "price": 1}', 'duplicate key "name"'),
         (b"[" * 100_000, "nested"),
-        (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "nested"),
-        (b'{"name": "a\nb"}', "JSON"),
-        (b"{} {}", "JSON"),
     ],
 )
 def test_a_body_that_is_not_json_is_a_400(shop, body, detail):
@@ -473,23 +452,26 @@ def test_a_body_that_is_not_json_is_a_400(shop, body, detail):
     assert detail in response.json["detail"]
 
 
+def test_a_body_of_20000_levels_is_refused(shop):
+    body = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
+    refused = shop("POST", "/products/", body)
+    assert refused.status_int in (400, 422)  # how deep json can read depends on the Python
+    assert re.search("nested too deep|a is an unknown field", refused.json["detail"])
+
+
 @pytest.mark.parametrize("body", [[], "x", 5, None, True])
 def test_a_body_must_be_an_object(shop, body):
     response = shop("POST", "/products/", json.dumps(body).encode())
     assert errors_of(response) == {"#": "The body must be an object."}
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    [
-        "",
-        "text/plain",
-        "application/x-www-form-urlencoded",
-        "application/json; charset=latin-1",
-        "application/jsonp",
-        "application/merge-patch+json",
-    ],
+NOT_JSON = (
+    "text/plain application/x-www-form-urlencoded application/json;charset=latin-1 "
+    "application/jsonp application/merge-patch+json"
 )
+
+
+@pytest.mark.parametrize("content_type", ["", *NOT_JSON.split()])
 def test_a_body_not_declared_as_json_is_a_415_that_helps_a_curl_user(shop, content_type):
     headers = {"Content-Type": content_type}
     response = shop("POST", "/products/", b'{"name": "x", "price": 1}', headers)
@@ -500,11 +482,7 @@ def test_a_body_not_declared_as_json_is_a_415_that_helps_a_curl_user(shop, conte
 
 @pytest.mark.parametrize(
     "content_type",
-    [
-        "application/json",
-        "Application/JSON; charset=UTF-8",
-        'application/json;charset="utf-8"',
-    ],
+    ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'],
 )
 def test_json_may_be_declared_in_any_of_its_spellings(shop, content_type):
     headers = {"Content-Type": content_type}
@@ -533,38 +511,21 @@ def test_products_are_found_by_text_ignoring_case_and_by_stock(shop):
         ("Straße", "x\ny", 3),
     ]:
         shop.product(name=name, description=description, stock=stock)
-
-    def ids_of(query):
-        return [product["id"] for product in shop("GET", "/products/?" + query).json["products"]]
-
-    assert ids_of("q=m%C3%BCG") == [1, 2]
-    assert ids_of("q=%25_") == [3]
-    assert ids_of("q=STRASSE") == [4]
-    assert ids_of("q=nope") == []
-    assert ids_of("q=") == [1, 2, 3, 4]
-    assert ids_of("q=x%0Ay") == [4]
-    assert ids_of("q=" + "z" * 2000) == []
-    assert ids_of("available=true") == [1, 4]
-    assert ids_of("available=false") == [2, 3]
-    assert ids_of("available=false&q=m%C3%9CG") == [2]
-    assert ids_of("after=2") == [3, 4]
-    assert ids_of("limit=1&after=0") == [1]
+    for query, ids in [
+        *(("q=m%C3%BCG", [1, 2]), ("q=%25_", [3]), ("q=STRASSE", [4]), ("q=nope", [])),
+        *(("q=", [1, 2, 3, 4]), ("q=x%0Ay", [4]), ("q=" + "z" * 2000, [])),
+        *(("available=true", [1, 4]), ("available=false", [2, 3])),
+        *(("available=false&q=m%C3%9CG", [2]), ("after=2", [3, 4]), ("limit=1&after=0", [1])),
+    ]:
+        found = shop("GET", "/products/?" + query).json["products"]
+        assert [product["id"] for product in found] == ids
 
 
-def test_pages_follow_one_another_by_next_and_link_and_none_is_empty(shop):
+def test_pages_follow_one_another_by_next_and_link_and_no_page_is_empty(shop):
     for number in range(7):
         shop.product(stock=number % 2, name=f"Ö & {number}")
-    ids = []
-    pages = 0
     path = "/products/?q=%C3%96+%26&available=true&limit=1"
-    while path:
-        page = shop("GET", path)
-        pages += 1
-        ids += [product["id"] for product in page.json["products"]]
-        path = page.json["next"]
-        assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
-    assert ids == [2, 4, 6]
-    assert pages == 3
+    assert [product["id"] for product in walk_pages(shop, path, "products")] == [2, 4, 6]
     assert shop("GET", "/products/?limit=7").json["next"] is None
 
 
@@ -593,7 +554,7 @@ def test_an_invalid_query_parameter_is_named(shop, query, name):
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/openapi.json", "/products/1/", "/orders/1/"])
-def test_an_unknown_query_parameter_is_refused_everywhere(shop, mug, path):
+def test_an_unknown_query_parameter_is_rejected_everywhere(shop, mug, path):
     shop.order((1, 1))
     assert "x" in errors_of(shop("GET", path + "?x=1"))
     assert "x" in errors_of(shop("POST", "/orders/?x=1", order_of((1, 1))))
@@ -657,18 +618,29 @@ def test_an_update_changes_only_the_fields_it_gives(shop, mug):
     assert list(errors_of(response)) == ["#/id", "#/name"]
 
 
+GUARDED_CHANGES = [
+    ("PATCH", "/products/1/", {"price": 2}, 200),
+    ("POST", "/products/1/stock/", {"change": 1}, 200),
+    ("PATCH", "/orders/1/", {"status": "completed"}, 200),
+    ("DELETE", "/products/1/", None, 204),
+]
+
+
+def etag_of(shop, path):
+    """The ETag of the resource that a request to the path changes."""
+    return shop("GET", path.removesuffix("stock/")).headers["ETag"]
+
+
 def test_if_match_guards_every_change_of_a_product_and_an_order(shop, mug):
     shop.order((1, 1))
-    for path, method, body, status in [
-        ("/products/1/", "PATCH", {"price": 2}, 200),
-        ("/products/1/stock/", "POST", {"change": 1}, 200),
-        ("/orders/1/", "PATCH", {"status": "completed"}, 200),
-        ("/products/1/", "DELETE", None, 204),
-    ]:
-        etag = shop("GET", path.replace("stock/", "")).headers["ETag"]
+    changed = "The resource has changed since you read it: fetch it again and retry."
+    for method, path, body, status in GUARDED_CHANGES:
+        etag = etag_of(shop, path)
         assert re.fullmatch('"[!#-~]+"', etag)
         for other in '"other"', "nonsense", "", '"a", "b"', f'"other", W/{etag}':
-            assert_precondition_failed(shop(method, path, body, {"If-Match": other}))
+            refused = shop(method, path, body, {"If-Match": other})
+            assert refused.status_int == 412
+            assert refused.json["detail"] == changed
         if_match = {"If-Match": f'"other", {etag}'}
         assert shop(method, path, body, if_match).status_int == status
     any_state = {"If-Match": "*"}
@@ -676,22 +648,10 @@ def test_if_match_guards_every_change_of_a_product_and_an_order(shop, mug):
     assert shop("PATCH", "/orders/1/", {"status": "completed"}, any_state).status_int == 200
 
 
-def assert_precondition_failed(response):
-    assert response.status_int == 412, response
-    assert response.json["detail"] == (
-        "The resource has changed since you read it: fetch it again and retry."
-    )
-
-
-def test_an_if_match_of_weak_tags_alone_is_told_what_to_send_instead(shop, mug):
+def test_the_rejection_of_weak_tags_says_what_to_send_instead(shop, mug):
     shop.order((1, 1))
-    for path, method, body in [
-        ("/products/1/", "PATCH", {"price": 2}),
-        ("/products/1/stock/", "POST", {"change": 1}),
-        ("/orders/1/", "PATCH", {"status": "completed"}),
-        ("/products/1/", "DELETE", None),
-    ]:
-        etag = shop("GET", path.replace("stock/", "")).headers["ETag"]
+    for method, path, body, _ in GUARDED_CHANGES:
+        etag = etag_of(shop, path)
         for weak in f"W/{etag}", f'W/"other", W/{etag}':
             refused = shop(method, path, body, {"If-Match": weak})
             assert refused.status_int == 412
@@ -702,13 +662,8 @@ def test_an_if_match_of_weak_tags_alone_is_told_what_to_send_instead(shop, mug):
 
 def test_the_etag_of_a_change_is_the_one_of_the_next_read(shop, mug):
     shop.order((1, 1))
-    for method, path, body in [
-        ("PATCH", "/products/1/", {"price": 3}),
-        ("POST", "/products/1/stock/", {"change": 3}),
-        ("PATCH", "/orders/1/", {"status": "completed"}),
-    ]:
-        etag = shop(method, path, body).headers["ETag"]
-        assert etag == shop("GET", path.replace("stock/", "")).headers["ETag"]
+    for method, path, body, _ in GUARDED_CHANGES[:-1]:
+        assert shop(method, path, body).headers["ETag"] == etag_of(shop, path)
 
 
 def test_stock_is_added_to_and_taken_from(shop, mug):
@@ -726,7 +681,8 @@ def test_stock_is_added_to_and_taken_from(shop, mug):
 
 
 def test_a_read_is_answered_304_as_long_as_nothing_has_changed(shop, mug):
-    for path in "/orders/1/", "/products/", "/products/1/", "/products/?limit=1", "/orders/":
+    paths = "/orders/1/ /products/ /products/1/ /products/?limit=1 /products/1/stock/ /orders/"
+    for path in paths.split():
         shop("PATCH", "/products/1/", {"stock": 10})
         shop.order((1, 1))
         response = shop("GET", path)
@@ -742,15 +698,6 @@ def test_a_read_is_answered_304_as_long_as_nothing_has_changed(shop, mug):
         fresh = shop("GET", path, None, {"If-None-Match": etag})
         assert fresh.status_int == 200
         assert fresh.headers["ETag"] != etag
-
-
-def test_a_read_never_misses_a_change_made_by_another_process(make_shop, shop, mug):
-    other = make_shop()  # has connections of its own, as another process has
-    for price in range(1, 30):
-        writer = other if price % 2 else shop
-        writer("PATCH", "/products/1/", {"price": price})
-        assert shop("GET", "/products/1/").json["price"] == price
-        assert shop("GET", "/products/").json["products"][0]["price"] == price
 
 
 # ----------------------------------------------------------------------------------------- sorting
@@ -1040,31 +987,6 @@ def test_head_answers_with_the_headers_of_get(shop, mug):
         assert head.body == b""
 
 
-@pytest.mark.parametrize(
-    "status, title, method, path, body, headers",
-    [
-        (400, "Bad Request", "POST", "/orders/", b"{", {}),
-        (401, "Unauthorized", "GET", "/orders/", None, {}),
-        (404, "Not Found", "GET", "/products/9/", None, {}),
-        (404, "Not Found", "GET", "/nowhere/", None, {}),
-        (405, "Method Not Allowed", "PUT", "/products/", None, {}),
-        (412, "Precondition Failed", "PATCH", "/products/1/", {"stock": 1}, {"If-Match": "x"}),
-        (413, "Content Too Large", "POST", "/orders/", b" " * ((128 << 10) + 1), {}),
-        (415, "Unsupported Media Type", "POST", "/orders/", b"{}", {"Content-Type": "text/plain"}),
-    ],
-)
-def test_the_title_of_a_problem_is_the_phrase_of_rfc_9110(
-    make_shop, status, title, method, path, body, headers
-):
-    shop = make_shop(admin_token="secret")
-    shop("POST", "/products/", {"name": "x", "price": 1}, bearer("secret"))
-    token = bearer("secret") if status == 412 else {}
-    response = shop(method, path, body, headers | token)
-    assert response.status_int == status
-    assert response.json["title"] == title
-    assert response.json["type"] == "about:blank"
-
-
 def test_the_index_names_paths_that_exist_and_health_is_ok(shop):
     index = shop("GET", "/").json
     assert set(index.values()) == {"/products/", "/orders/", "/healthz", "/openapi.json"}
@@ -1083,9 +1005,8 @@ def test_an_unexpected_error_is_a_500_that_reveals_nothing(shop, mug, database):
 
 
 def assert_reveals_nothing(response):
-    """A 500 whose cause stands in the log, and there alone."""
+    """A 500 whose cause is in the log only."""
     assert response.status_int == 500
-    assert response.json["title"] == "Internal Server Error"
     assert "secret" not in response.text
     assert "no such table" not in response.text
     assert "Traceback" in response.errors
@@ -1094,10 +1015,16 @@ def assert_reveals_nothing(response):
 # --------------------------------------------------------------------------------------- embedding
 
 
-def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
+def mounted(shop, catchall=True):
+    """A client of another Bottle, in which the shop is mounted at /a/b/."""
     parent = bottle.Bottle()
+    parent.catchall = catchall
     parent.mount("/a/b/", shop.app.app)
-    client = Client(parent, "/a/b")
+    return Client(parent, "/a/b")
+
+
+def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
+    client = mounted(shop)
     response = client("POST", "/a/b/products/", {"name": "x", "price": 1, "stock": 9})
     assert response.headers["Location"] == "/a/b/products/1/"
     client("POST", "/a/b/products", {"name": "y", "price": 1})
@@ -1113,29 +1040,16 @@ def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
 
 
 @pytest.mark.parametrize("catchall", [True, False])
-def test_an_unexpected_error_stays_a_500_in_a_shop_mounted_in_another_bottle(
-    shop, database, catchall
-):
-    parent = bottle.Bottle()
-    parent.catchall = catchall
-    parent.mount("/shop/", shop.app.app)
-    client = Client(parent, "/shop")
-    assert client("GET", "/shop/products/").status_int == 200
+def test_an_unexpected_error_stays_a_500_in_a_mounted_shop(shop, database, catchall):
+    client = mounted(shop, catchall)
+    assert client("GET", "/a/b/products/").status_int == 200
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
-    assert_reveals_nothing(client("GET", "/shop/products/"))
-    assert_reveals_nothing(client("POST", "/shop/orders/", order_of((1, 1))))
+    assert_reveals_nothing(client("GET", "/a/b/products/"))
+    assert_reveals_nothing(client("POST", "/a/b/orders/", order_of((1, 1))))
 
 
-def test_an_embedding_program_adds_routes_of_its_own(shop, mug):
-    shop.app.app.bottle.get("/hello")(lambda: "hi")
-    response = shop.app.get("/hello")
-    assert response.status_int == 200
-    assert response.text == "hi"
-    assert shop("GET", "/products/1/").json == mug
-
-
-def test_an_embedding_program_installs_plugins_of_its_own(shop, mug):
+def test_an_embedding_program_adds_routes_and_plugins_of_its_own(shop, mug):
     calls = []
 
     def count_calls(callback):
@@ -1145,26 +1059,13 @@ def test_an_embedding_program_installs_plugins_of_its_own(shop, mug):
 
         return wrapper
 
-    shop.app.app.bottle.install(count_calls)
     shop.app.app.bottle.get("/hello")(lambda: "hi")
     assert shop.app.get("/hello").text == "hi"
-    assert len(calls) == 1
+    shop.app.app.bottle.install(count_calls)
+    assert shop.app.get("/hello").text == "hi"
     assert shop("GET", "/products/1/").json == mug
-    assert len(calls) == 2
     assert shop.order((1, 1)).status_int == 201
     assert len(calls) == 3
-
-
-def test_create_app_opens_a_shop_that_is_read_only(make_shop, shop, mug):
-    copy = make_shop(read_only=True)
-    assert copy("GET", "/products/1/").json == mug
-    assert copy("GET", "/healthz").json == {"status": "ok", "read_only": True}
-    refused = copy("POST", "/products/", {"name": "x", "price": 1})
-    assert refused.status_int == 503
-    assert refused.headers["Retry-After"] == "1"
-    assert refused.json["title"] == "Service Unavailable"
-    assert "read-only copy" in refused.json["detail"]
-    assert shop("GET", "/products/").json["products"] == [mug]
 
 
 def test_two_shops_in_one_process_do_not_touch_each_other(make_shop, shop, tmp_path):
@@ -1175,29 +1076,29 @@ def test_two_shops_in_one_process_do_not_touch_each_other(make_shop, shop, tmp_p
     assert shop("GET", "/orders/").status_int == 200
 
 
-def test_the_store_refuses_an_order_without_lines(shop):
+def test_the_store_rejects_an_order_without_lines(shop):
     store = shop.app.app.store
     with pytest.raises(ValueError, match="at least one line"):
         store.create_order([])
     assert store.list_orders() == ([], None)
 
 
+def run_python(folder, program):
+    """Run a program that can import the shop."""
+    command = [sys.executable, "-c", program]
+    environment = {"PYTHONPATH": str(HERE)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_an_older_python_gets_one_clear_line(tmp_path):
     program = "import sys; sys.version_info = (3, 10, 0, 'final', 0); import shop"
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-    )
+    ended = run_python(tmp_path, program)
     assert ended.returncode == 1
     assert re.fullmatch(r"shop: Python 3\.11 or later is needed, this is [^\n]+\n", ended.stderr)
 
 
 def test_importing_the_shop_has_no_effects(tmp_path):
-    command = [sys.executable, "-c", "import shop, db"]
-    subprocess.run(command, cwd=tmp_path, check=True, env={"PYTHONPATH": str(HERE)})
+    assert run_python(tmp_path, "import shop, db").returncode == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1213,14 +1114,7 @@ def test_db_knows_no_http_and_shop_no_sql():
 
 
 def imported_modules(file):
-    """The top-level modules that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse((HERE / file).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-    return names
+    return set(re.findall(r"^ *(?:import|from) (\w+)", (HERE / file).read_text(), re.M))
 
 
 # ------------------------------------------------------------------------------------------ orders
@@ -1294,17 +1188,15 @@ INVALID_ORDERS = [
     (order_of(*((number, 1) for number in range(1, 102))), "#/products"),
     (order_of((0, 0)), "#/products/0/product_id #/products/0/quantity"),
     (order_of((1, 100_001)), "#/products/0/quantity"),
+    (order_of((1, 1.5)), "#/products/0/quantity"),
     (order_of((True, "2")), "#/products/0/product_id #/products/0/quantity"),
-    (
-        {"products": [{"product_id": 1, "quantity": 1.5, "price": 1}]},
-        "#/products/0/price #/products/0/quantity",
-    ),
+    ({"products": [{"product_id": 1, "quantity": 1, "price": 1}]}, "#/products/0/price"),
     (order_of((10**20, 1)) | {"total": 5}, "#/total #/products/0/product_id"),
 ]
 
 
 @pytest.mark.parametrize("body, pointers", INVALID_ORDERS)
-def test_an_invalid_order_is_refused_with_a_pointer_to_each_error(shop, mug, body, pointers):
+def test_an_invalid_order_is_rejected_with_a_pointer_to_each_error(shop, mug, body, pointers):
     assert list(errors_of(shop("POST", "/orders/", body))) == pointers.split()
     assert shop.stock(mug) == 5
 
@@ -1347,25 +1239,22 @@ def test_orders_are_paged_filtered_and_polled(shop):
         shop.order((1, 1))
     for number in 2, 3, 5:
         shop("PATCH", f"/orders/{number}/", {"status": "completed"})
-
-    def list_ids(query):
+    for query, ids, next_path in [
+        ("", [*range(1, 101)], "/orders/?after=100"),
+        ("?after=100", [*range(101, 106)], None),
+        ("?after=105", [], None),
+        ("?limit=1000", [*range(1, 106)], None),
+        ("?after=0&limit=105", [*range(1, 106)], None),
+        ("?status=completed&limit=2", [2, 3], "/orders/?status=completed&limit=2&after=3"),
+        ("?status=completed&limit=2&after=3", [5], None),
+        ("?status=cancelled", [], None),
+    ]:
         page = shop("GET", "/orders/" + query)
-        path = page.json["next"]
-        assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
-        return [order["id"] for order in page.json["orders"]], path
-
-    assert list_ids("") == (list(range(1, 101)), "/orders/?after=100")
-    assert list_ids("?after=100") == (list(range(101, 106)), None)
-    assert list_ids("?after=105") == ([], None)
-    assert list_ids("?limit=1000") == (list(range(1, 106)), None)
-    assert list_ids("?after=0&limit=105")[1] is None
-    second_page = "/orders/?status=completed&limit=2&after=3"
-    assert list_ids("?status=completed&limit=2") == ([2, 3], second_page)
-    assert list_ids("?status=completed&limit=2&after=3") == ([5], None)
-    assert list_ids("?status=cancelled") == ([], None)
+        assert [order["id"] for order in page.json["orders"]] == ids
+        assert page.json["next"] == next_path
+        assert page.headers.get("Link") == (f'<{next_path}>; rel="next"' if next_path else None)
     for query in "limit=1001", "status=lost", "status=", "q=x":
-        name = query.partition("=")[0]
-        assert list(errors_of(shop("GET", "/orders/?" + query))) == [name]
+        assert list(errors_of(shop("GET", "/orders/?" + query))) == [query.partition("=")[0]]
 
 
 def test_cancelling_puts_the_stock_back_exactly_once(shop, mug):
@@ -1420,9 +1309,7 @@ def referring(reference, *lines):
 
 
 @pytest.mark.parametrize("reference", ["", "cart-17", "é" * 200, "😀" * 200, " \t\n", "ﬁ/?&=#%00"])
-def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_order(
-    shop, mug, reference
-):
+def test_a_reference_is_text_of_the_caller_that_stays_with_the_order(shop, mug, reference):
     created = shop("POST", "/orders/", referring(reference, (1, 1)))
     assert created.status_int == 201
     assert created.json["reference"] == reference
@@ -1435,14 +1322,8 @@ def test_a_reference_is_the_callers_own_text_and_kept_whatever_becomes_of_the_or
     assert order_ids_of(shop, "?" + query) == [1]
 
 
-def test_an_order_without_a_reference_has_an_empty_one(shop, mug):
-    assert shop.order((1, 1)).json["reference"] == ""
-    assert shop.app.app.store.create_order([{"product_id": 1, "quantity": 1}])["reference"] == ""
-    assert [order["reference"] for order in shop("GET", "/orders/").json["orders"]] == ["", ""]
-
-
 @pytest.mark.parametrize("reference", ["x" * 201, "\0", "a\0b", "\ud800", None, 17, ["x"], True])
-def test_a_reference_that_is_no_text_of_up_to_200_characters_is_refused(shop, mug, reference):
+def test_a_reference_must_be_text_of_up_to_200_characters(shop, mug, reference):
     response = shop("POST", "/orders/", referring(reference, (1, 1)))
     assert list(errors_of(response)) == ["#/reference"]
     assert shop.stock(mug) == 5
@@ -1471,13 +1352,8 @@ def test_orders_are_found_by_their_reference(shop):
         ("", [1, 2, 3, 4, 5, 6, 7]),
     ]:
         assert order_ids_of(shop, query) == ids, query
-    for query in (
-        "reference=" + "x" * 201,
-        "reference=%00",
-        "reference=%FF",
-        "reference=a&reference=a",
-    ):
-        assert list(errors_of(shop("GET", "/orders/?" + query))) == ["reference"]
+    for value in "x" * 201, "%00", "%FF", "a&reference=a":
+        assert list(errors_of(shop("GET", "/orders/?reference=" + value))) == ["reference"]
 
 
 def test_the_url_of_the_next_page_carries_the_reference(shop):
@@ -1497,14 +1373,13 @@ def test_an_order_without_a_reference_is_in_no_index_of_references(shop, mug, da
     with connect(database) as connection:
         sql = "SELECT name, partial FROM pragma_index_list('orders')"
         assert ("orders_by_reference", 1) in connection.execute(sql).fetchall()
-        [[where]] = connection.execute(
-            "SELECT sql FROM sqlite_schema WHERE name = 'orders_by_reference'"
-        )
+        sql = "SELECT sql FROM sqlite_schema WHERE name = 'orders_by_reference'"
+        [[where]] = connection.execute(sql)
         assert where.endswith("WHERE reference <> ''")
 
 
 @pytest.mark.parametrize("reference", ["x" * 201, "a\0b"])
-def test_the_table_of_orders_refuses_what_is_no_reference(shop, mug, database, reference):
+def test_the_table_of_orders_rejects_an_invalid_reference(shop, mug, database, reference):
     shop.order((1, 1))
     with connect(database) as connection, pytest.raises(sqlite3.IntegrityError):
         connection.execute("UPDATE orders SET reference = ?", (reference,))
@@ -1745,7 +1620,7 @@ def test_sku_and_metadata_are_part_of_the_etag_and_if_match_guards_them(shop, mu
         assert changed.status_int == 200
         new = [shop("GET", read).headers["ETag"] for read in (path, collection)]
         assert not set(old) & set(new)
-        assert_precondition_failed(shop("PATCH", path, other, {"If-Match": old[0]}))
+        assert shop("PATCH", path, other, {"If-Match": old[0]}).status_int == 412
         assert shop("GET", path).json == changed.json
         again = shop("PATCH", path, patch, {"If-Match": new[0]})  # which changes nothing
         assert again.headers["ETag"] == new[0]
@@ -1874,20 +1749,20 @@ def test_a_repeat_gets_the_first_response_and_does_nothing(shop, mug):
         assert shop("GET", "/products/").json == products
 
 
-def test_a_key_with_another_request_is_refused(shop, mug):
+def test_a_key_with_another_request_is_rejected(shop, mug):
     key = {"Idempotency-Key": "k"}
     shop("POST", "/orders/", order_of((1, 1)), key)
     for path, body in [
         ("/orders/", order_of((1, 2))),
+        ("/orders/", referring("b", (1, 1))),
         ("/products/", {"name": "x", "price": 1}),
     ]:
         refused = shop("POST", path, body, key)
-        assert refused.status_int == 422
         assert refused.json["type"] == "urn:problem-type:idempotency-key-reused"
     assert shop.stock(mug) == 4
 
 
-def test_a_refused_request_may_be_tried_again_with_its_key(shop, mug):
+def test_a_rejected_request_may_be_repeated_with_its_key(shop, mug):
     key = {"Idempotency-Key": "k"}
     assert shop("POST", "/orders/", order_of((1, 6)), key).status_int == 409
     shop("POST", "/products/1/stock/", {"change": 1})
@@ -1915,11 +1790,9 @@ def test_keys_live_a_day_and_are_then_purged(shop, mug, database, monkeypatch):
     for key in "old", "young":
         shop.order((1, 1), **{"Idempotency-Key": key})
     with connect(database) as connection:
-        for key, hours in ("old", 24.1), ("young", 23.9):
-            connection.execute(
-                "UPDATE idempotency_key SET created_at = ? WHERE key = ?",
-                (db.timestamp(int(hours * 3600)), key),
-            )
+        sql = "UPDATE idempotency_key SET created_at = ? WHERE key = ?"
+        for key, minutes in ("old", 24 * 60 + 6), ("young", 24 * 60 - 6):
+            connection.execute(sql, (db.timestamp(minutes * 60), key))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 1)  # expired keys are looked for once a second
     assert shop.order((1, 1), **{"Idempotency-Key": "new"}).status_int == 201
@@ -1935,47 +1808,30 @@ def test_keys_live_a_day_and_are_then_purged(shop, mug, database, monkeypatch):
 # ------------------------------------------------------------------------------------------ access
 
 WRONG_CREDENTIALS = [
-    {},
-    bearer("other"),
-    {"Authorization": "s3cret~token"},
-    bearer(""),
-    {"Authorization": "Basic s3cret~token"},
-    bearer("s3cret~tokenx"),
-    bearer("é"),
+    *({}, bearer(""), bearer("other"), bearer("s3cret~tokenx"), bearer("é")),
+    *({"Authorization": "s3cret~token"}, {"Authorization": "Basic s3cret~token"}),
 ]
 
 
-def test_with_a_token_set_only_reading_products_and_ordering_stay_open(make_shop):
-    shop = make_shop(admin_token="s3cret~token")
-    product = {"name": "x", "price": 1, "stock": 9}
-    assert shop("POST", "/products/", product, bearer("s3cret~token")).status_int == 201
+def test_wrong_credentials_are_a_401_before_anything_else_is_looked_at(make_shop):
+    shop = make_shop(admin_token="s3cret~token", order_token="0rder")
+    shop.app.app.store.create_product(name="x", price=100, stock=9)
     for method, path, body in [
-        ("GET", "/", None),
-        ("GET", "/healthz", None),
-        ("GET", "/openapi.json", None),
-        ("GET", "/products/", None),
-        ("HEAD", "/products/1", None),
+        ("PATCH", "/products/1/", {"price": 2}),
+        ("GET", "/orders/99/", None),
+        ("POST", "/products/", b"{"),
         ("POST", "/orders/", order_of((1, 1))),
     ]:
-        assert shop(method, path, body).status_int in (200, 201)
-    for method, path, body in [
-        ("POST", "/products/", {"name": "x", "price": 1}),
-        ("PATCH", "/products/1/", {"price": 2}),
-        ("DELETE", "/products/1/", None),
-        ("POST", "/products/1/stock/", {"change": 1}),
-        ("GET", "/orders/", None),
-        ("GET", "/orders/1/", None),
-        ("GET", "/orders/99/", None),
-        ("PATCH", "/orders/1/", {"status": "completed"}),
-        ("POST", "/products/", b"{"),
-    ]:
+        key = {"Idempotency-Key": "k"} if path == "/orders/" else {}
         for credentials in WRONG_CREDENTIALS:
-            refused = shop(method, path, body, credentials)
+            refused = shop(method, path, body, credentials | key)
             assert refused.status_int == 401
             assert refused.headers["WWW-Authenticate"] == "Bearer"
             assert "s3cret" not in refused.text
-        lower_case = {"Authorization": "bearer s3cret~token"}
-        assert shop(method, path, body, lower_case).status_int != 401
+        allowed = shop(method, path, body, {"Authorization": "bearer s3cret~token"} | key)
+        assert allowed.status_int != 401
+        assert "Idempotent-Replayed" not in allowed.headers
+    assert shop.stock({"id": 1}) == 8  # one order, and none by a request without its token
 
 
 # What each route needs where its token is set, and a request to it.
@@ -2012,9 +1868,7 @@ ACCESS = {
         ({"admin_token": "same", "order_token": "same"}, "same", "nobody order admin"),
     ],
 )
-def test_each_route_is_open_to_those_tokens_that_its_access_names(
-    make_shop, settings, token, open_to_it
-):
+def test_each_route_is_open_to_the_tokens_its_access_names(make_shop, settings, token, open_to_it):
     assert set(ACCESS) == {route.callback.__name__ for route in shop_module.api.routes}
     shop = make_shop(**settings)
     store = shop.app.app.store
@@ -2031,18 +1885,6 @@ def test_each_route_is_open_to_those_tokens_that_its_access_names(
             assert response.status_int in (200, 201, 204), name
 
 
-def test_an_order_that_is_refused_for_its_token_takes_nothing_and_stores_no_key(make_shop):
-    shop = make_shop(admin_token="adm1n", order_token="0rder")
-    shop.app.app.store.create_product(name="x", price=100, stock=9)
-    for credentials in WRONG_CREDENTIALS:
-        refused = shop.order((1, 1), **credentials, **{"Idempotency-Key": "k"})
-        assert refused.status_int == 401
-    created = shop.order((1, 1), **bearer("0rder"), **{"Idempotency-Key": "k"})
-    assert created.status_int == 201
-    assert "Idempotent-Replayed" not in created.headers
-    assert shop.stock({"id": 1}) == 8
-
-
 def test_a_token_for_orders_needs_one_for_the_admin(make_shop):
     with pytest.raises(shop_module.ConfigError, match="ORDER_TOKEN needs ADMIN_TOKEN"):
         make_shop(order_token="0rder")
@@ -2051,10 +1893,17 @@ def test_a_token_for_orders_needs_one_for_the_admin(make_shop):
 # ---------------------------------------------------------------------------------------- browsers
 
 ORIGIN = "https://shop.example"
-CORS_SETTINGS = [ORIGIN, f"http://localhost:3000, {ORIGIN}", f"{ORIGIN} http://[::1]:80", "*"]
+CORS_SETTINGS = [
+    *(ORIGIN, f"http://localhost:3000 , {ORIGIN},", f" {ORIGIN}  http://[::1]:80 "),
+    *(f"http://a,{ORIGIN}", "*", f"*,{ORIGIN}"),
+]
 EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "Idempotent-Replayed"}
 PREFLIGHT_HEADERS = {
-    *("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match"),
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
 }
 
 # Each status of the application, and a request to it by somebody without a token.
@@ -2105,33 +1954,27 @@ def cors_shop(make_shop, origins):
 def test_a_page_of_a_listed_origin_may_see_every_response(make_shop, origins):
     shop = cors_shop(make_shop, origins)
     for method, path, body, headers, status in CORS_REQUESTS:
-        response = shop(method, path, body, {"Origin": ORIGIN} | headers)
+        response = shop(method, path, body, {"Origin": ORIGIN, "Cookie": "session=1"} | headers)
         assert response.status_int == status
+        assert "Set-Cookie" not in response.headers
         sent = cors_headers(response)
         assert sent.keys() == {"allow-origin", "expose-headers"}
-        assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+        assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
         assert names_in(sent["expose-headers"]) == EXPOSED_HEADERS
         [vary] = [value for name, value in response.headers.items() if name == "Vary"] or [""]
         expected = {"Accept"} if path == "/" else set()
-        expected |= set() if origins == "*" else {"Origin"}
+        expected |= set() if "*" in origins else {"Origin"}
         assert names_in(vary) - {""} == expected
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "https://other.example",
-        "http://shop.example",
-        "https://shop.example:8443",
-        "https://shop.example.other.example",
-        "https://www.shop.example",
-        "null",
-        "*",
-        "",
-        None,
-    ],
+OTHER_ORIGINS = (
+    "https://other.example http://shop.example https://shop.example:8443 null * "
+    "https://shop.example.other.example https://www.shop.example"
 )
-def test_other_origins_get_no_such_header_and_caches_are_told_that_it_varies(make_shop, origin):
+
+
+@pytest.mark.parametrize("origin", [*OTHER_ORIGINS.split(), "", None])
+def test_other_origins_get_no_such_header_but_a_vary_for_caches(make_shop, origin):
     shop = cors_shop(make_shop, f"{ORIGIN},http://localhost:3000")
     asked = {} if origin is None else {"Origin": origin}
     for method, path, body, headers, status in CORS_REQUESTS:
@@ -2154,9 +1997,7 @@ def test_a_shop_without_the_setting_sends_no_such_header(make_shop):
 
 
 @pytest.mark.parametrize("origins", CORS_SETTINGS)
-def test_a_preflight_is_a_204_that_allows_the_methods_of_the_path_and_its_headers(
-    make_shop, origins
-):
+def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(make_shop, origins):
     shop = cors_shop(make_shop, origins)
     for path, methods in PATH_METHODS.items():
         for method in methods.split():
@@ -2169,18 +2010,9 @@ def test_a_preflight_is_a_204_that_allows_the_methods_of_the_path_and_its_header
             assert response.status_int == 204
             assert response.body == b""
             sent = cors_headers(response)
-            assert sent["allow-origin"] == ("*" if origins == "*" else ORIGIN)
+            assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
             assert names_in(sent["allow-methods"]) == {*methods.split(), "OPTIONS"}
             assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
-
-
-def test_no_cookie_and_no_credentials_are_ever_used(make_shop):
-    shop = cors_shop(make_shop, ORIGIN)
-    for method, path, body, headers, _ in CORS_REQUESTS:
-        cookie = {"Origin": ORIGIN, "Cookie": "session=1", **headers}
-        response = shop(method, path, body, cookie)
-        assert "Set-Cookie" not in response.headers
-        assert "Access-Control-Allow-Credentials" not in response.headers
 
 
 def test_a_page_may_see_a_500_and_a_503(make_shop, database):
@@ -2188,6 +2020,8 @@ def test_a_page_may_see_a_500_and_a_503(make_shop, database):
     copy = make_shop(read_only=True, cors_origins=ORIGIN)
     refused = copy.order((1, 1), Origin=ORIGIN)
     assert refused.status_int == 503
+    assert refused.headers["Retry-After"] == "1"
+    assert "read-only copy" in refused.json["detail"]
     assert cors_headers(refused)["allow-origin"] == ORIGIN
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
@@ -2197,9 +2031,7 @@ def test_a_page_may_see_a_500_and_a_503(make_shop, database):
 
 
 def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
-    parent = bottle.Bottle()
-    parent.mount("/a/b/", cors_shop(make_shop, ORIGIN).app.app)
-    client = Client(parent, "/a/b")
+    client = mounted(cors_shop(make_shop, ORIGIN))
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     preflight = client("OPTIONS", "/a/b/orders/", None, asked)
     assert preflight.status_int == 204
@@ -2214,93 +2046,64 @@ def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
         assert response.headers["Vary"] == "Origin"
 
 
-def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_made_for(tmp_path):
-    others = ["https://other.example", "http://localhost:3000", "https://no.example", None]
-    server = Server(tmp_path, CORS_ORIGINS=f"{ORIGIN} {others[0]},{others[1]}").start()
+def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_made_for(start_server):
+    listed = [ORIGIN, "https://other.example", "http://localhost:3000"]
+    server = start_server(CORS_ORIGINS=" ".join(listed))
     server.product(stock=9)
     for _ in range(3):
         for path in "/products/1/", "/products/", "/products/?limit=1", "/":
-            for origin in ORIGIN, *others:
+            for origin in *listed, "https://no.example", None:
                 response = server("GET", path, **({"Origin": origin} if origin else {}))
-                allowed = origin if origin in (ORIGIN, *others[:2]) else None
+                allowed = origin if origin in listed else None
                 assert response.headers["Access-Control-Allow-Origin"] == allowed
                 assert "Origin" in names_in(response.headers["Vary"])
         for accept, media_type in ("text/html", "text/html"), ("*/*", "application/json"):
             response = server("GET", "/", Accept=accept)
             assert response.headers.get_content_type() == media_type
-    server.assert_ends_well()
-
-
-def test_origins_may_stand_apart_by_blanks_commas_or_both(make_shop):
-    for origins in (
-        f"{ORIGIN},http://a",
-        f" {ORIGIN}  http://a ",
-        f"http://a , {ORIGIN},",
-        f"*,{ORIGIN}",
-    ):
-        response = make_shop(cors_origins=origins)("GET", "/", None, {"Origin": ORIGIN})
-        assert cors_headers(response)["allow-origin"] in ("*" if "*" in origins else ORIGIN)
 
 
 # --- the page at /
 
-CHROME = (
-    "text/html,application/xhtml+xml,application/xml;q=0.9,"
-    "image/avif,image/webp,image/apng,*/*;q=0.8"
-)
 FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
-
-
-@pytest.mark.parametrize(
-    "accept, wants_page",
-    [
-        (None, False),
-        ("", False),
-        ("*/*", False),
-        (CHROME, True),
-        (FIREFOX, True),
-        ("text/html", True),
-        ("TEXT/HTML", True),
-        ("text/html;charset=utf-8", True),
-        ("text/*", True),
-        ("text/html, */*;q=0.1", True),
-        ("text/html;q=0.9, application/json;q=0.8", True),
-        ("text/html ; q=1.000 , application/json ; q=0.001", True),
-        ("application/json;q=0, text/html;q=0.001", True),
-        ("*/*;q=0.5, text/html", True),
-        ("application/json", False),
-        ("application/*", False),
-        ("application/*, text/html;q=0.9", False),
-        ("text/html, application/json", False),
-        ("application/json, text/html", False),
-        ("text/html;q=0.5, application/json", False),
-        ("text/html;q=0.5, */*", False),
-        ("text/html;q=0, */*;q=0.1", False),
-        ("text/html;q=0", False),
-        ("*/*, text/html;q=0.9", False),
-        ("application/problem+json, application/json", False),
-        ("image/png", False),
-        ("text/html;q=nonsense, application/json;q=0.1", False),
-        (",;=,q=1", False),
-    ],
+CHROME = FIREFOX.replace("*/*", "image/avif,image/webp,image/apng,*/*")
+PREFER_HTML = (
+    "text/html | TEXT/HTML | text/html;charset=utf-8 | text/* | text/html, */*;q=0.1 | "
+    "text/html;q=0.9, application/json;q=0.8 | */*;q=0.5, text/html | "
+    "text/html ; q=1.000 , application/json ; q=0.001 | application/json;q=0, text/html;q=0.001"
 )
-def test_the_index_is_a_page_for_whoever_prefers_html_and_json_for_all_others(
-    shop, accept, wants_page
-):
-    headers = {} if accept is None else {"Accept": accept}
+PREFER_JSON = (
+    " | */* | application/json | application/* | application/*, text/html;q=0.9 | image/png | "
+    "text/html, application/json | application/json, text/html | text/html;q=0.5, */* | "
+    "text/html;q=0.5, application/json | text/html;q=0, */*;q=0.1 | text/html;q=0 | ,;=,q=1 | "
+    "*/*, text/html;q=0.9 | application/problem+json, application/json | "
+    "text/html;q=nonsense, application/json;q=0.1"
+)
+
+
+def get_index(shop, accept):
+    headers = {"Accept": accept}
     response = shop("GET", "/", None, headers)
     assert response.status_int == 200
     assert response.headers["Vary"] == "Accept"
-    head = shop("HEAD", "/", None, headers)
-    assert head.headerlist == response.headerlist
-    if wants_page:
-        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-        assert response.text.startswith("<!doctype html>")
-    else:
-        assert response.json["orders"] == "/orders/"
-        assert "Content-Security-Policy" not in response.headers
+    assert shop("HEAD", "/", None, headers).headerlist == response.headerlist
     for path in "/products/", "/healthz", "/nowhere/":
         assert "json" in shop("GET", path, None, headers).content_type
+    return response
+
+
+@pytest.mark.parametrize("accept", [CHROME, FIREFOX, *PREFER_HTML.split(" | ")])
+def test_the_index_is_a_page_for_clients_that_prefer_html(shop, accept):
+    response = get_index(shop, accept)
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.text.startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("accept", PREFER_JSON.split(" | "))
+def test_the_index_is_json_for_all_others(shop, accept):
+    response = get_index(shop, accept)
+    assert response.json["orders"] == "/orders/"
+    assert "Content-Security-Policy" not in response.headers
+    assert shop("GET", "/").json == response.json  # without an Accept
 
 
 class Page(HTMLParser):
@@ -2329,34 +2132,30 @@ class Page(HTMLParser):
         for element in self.open:
             element[2].append(data)
 
+    def find(self, tag, details):
+        return [e for e in self.elements if e[0] == tag and details in (None, e[3])]
+
     def texts(self, tag, details=None):
-        return [
-            "".join(text)
-            for kind, _, text, around in self.elements
-            if kind == tag and details in (None, around)
-        ]
+        return ["".join(text) for _, _, text, _ in self.find(tag, details)]
 
     def attributes(self, tag, details=None):
-        return [
-            attributes
-            for kind, attributes, _, around in self.elements
-            if kind == tag and details in (None, around)
-        ]
+        return [attributes for _, attributes, *_ in self.find(tag, details)]
+
+    def curl(self, details):
+        """The command line that the page shows for an operation."""
+        [curl] = [text for text in self.texts("pre", details) if text.startswith("curl")]
+        return curl
 
 
 def get_page(shop, path="/"):
-    response = shop("GET", path, None, {"Accept": CHROME})
-    assert response.content_type == "text/html"
-    return Page(response.text)
+    return Page(shop("GET", path, None, {"Accept": CHROME}).text)
 
 
 def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_elsewhere(shop):
     response = shop("GET", "/", None, {"Accept": CHROME})
     page = Page(response.text)
-    policy = dict(
-        directive.strip().split(" ", 1)
-        for directive in response.headers["Content-Security-Policy"].split(";")
-    )
+    header = response.headers["Content-Security-Policy"]
+    policy = dict(directive.strip().split(" ", 1) for directive in header.split(";"))
     for tag in "style", "script":
         [text] = page.texts(tag)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -2366,7 +2165,7 @@ def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_els
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"
-    assert "unsafe" not in response.headers["Content-Security-Policy"]
+    assert "unsafe" not in header
     for tag, attributes, *_ in page.elements:
         assert tag not in ("iframe", "img", "object", "embed", "base")
         for name, value in attributes.items():
@@ -2389,20 +2188,13 @@ def test_the_page_is_made_for_a_phone_and_for_both_colour_schemes(shop):
 
 def test_the_page_documents_each_operation_and_has_a_form_that_sends_it(shop):
     page = get_page(shop)
-    document = shop("GET", "/openapi.json").json
-    operations = {
-        operation["operationId"]: (method.upper(), path, operation)
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
-    }
-    shown = [attributes["id"] for attributes in page.attributes("details")]
-    assert sorted(shown) == sorted(operations)
+    assert sorted(details["id"] for details in page.attributes("details")) == sorted(ACCESS)
     assert "token" in [attributes.get("id") for attributes in page.attributes("input")]
-    for name, (method, path, operation) in operations.items():
+    for method, path, operation in operations_of_openapi(shop("GET", "/openapi.json").json):
+        name = operation["operationId"]
         [text] = page.texts("details", name)
         [form] = page.attributes("form", name)
-        assert form["data-method"] == method
-        assert form["data-path"] == path
+        assert (form["data-method"], form["data-path"]) == (method, path)
         inputs = {(field["data-in"], field["name"]) for field in page.attributes("input", name)}
         inputs.discard(("header", "Content-Type"))
         assert inputs == {(item["in"], item["name"]) for item in operation["parameters"]}
@@ -2425,27 +2217,13 @@ def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
         shop = make_shop(f"sqlite:///{tmp_path}/{name}.sqlite3")
         shop.product(stock=99)
         shop.order((1, 1))
-        [curl] = [text for text in get_page(shop).texts("pre", name) if text.startswith("curl")]
-        words = iter(shlex.split(curl)[1:])
-        headers = {}
-        body = b""
-        for word in words:
-            match word:
-                case "-X":
-                    method = next(words)
-                case "-H":
-                    headers.update([next(words).split(": ")])
-                case "-d":
-                    body = next(words).encode()
-                case _:
-                    path = word.removeprefix("http://localhost:8000")
-        response = shop(method, path, body, headers)
-        assert response.status_int in (200, 201, 204), curl
-        assert method == ACCESS[name][1]
-        assert path == ACCESS[name][2]
+        method, path, headers, body = parse_curl(get_page(shop).curl(name))
+        assert (method, path) == ACCESS[name][1:3]
+        response = shop(method, path, (body or "").encode(), headers)
+        assert response.status_int in (200, 201, 204), name
 
 
-def test_the_page_asks_for_a_token_where_the_shop_does(make_shop):
+def test_the_page_shows_where_the_shop_needs_a_token(make_shop):
     for settings, secured in [
         ({}, set()),
         ({"admin_token": "adm1n"}, {"admin"}),
@@ -2453,27 +2231,20 @@ def test_the_page_asks_for_a_token_where_the_shop_does(make_shop):
     ]:
         page = get_page(make_shop(**settings))
         for name, (access, *_) in ACCESS.items():
-            [curl] = [text for text in page.texts("pre", name) if text.startswith("curl")]
-            assert ("Authorization: Bearer $TOKEN" in curl) == (access in secured)
+            assert ("Authorization: Bearer $TOKEN" in page.curl(name)) == (access in secured)
             assert ("(token)" in page.texts("summary", name)[0]) == (access in secured)
         assert "adm1n" not in "".join(page.texts("html"))
 
 
 def test_the_page_of_a_mounted_shop_stays_under_its_mount_point(shop):
-    parent = bottle.Bottle()
-    parent.mount("/a/b/", shop.app.app)
-    page = get_page(Client(parent, "/a/b"), "/a/b/")
+    page = get_page(mounted(shop), "/a/b/")
     hrefs = [attributes["href"] for attributes in page.attributes("a")]
     assert "/a/b/openapi.json" in hrefs
     assert all(href.startswith("/a/b/") for href in hrefs)
-    assert {form["data-path"] for form in page.attributes("form")} == {
-        "/a/b" + path for path in shop("GET", "/openapi.json").json["paths"]
-    }
-    assert all(
-        "http://localhost:8000/a/b/" in curl
-        for curl in page.texts("pre")
-        if curl.startswith("curl")
-    )
+    paths = {form["data-path"] for form in page.attributes("form")}
+    assert paths == {"/a/b" + path for path in openapi()["paths"]}
+    for name in ACCESS:
+        assert "http://localhost:8000/a/b/" in page.curl(name)
 
 
 def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
@@ -2484,9 +2255,8 @@ def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
     assert len(page.texts("script")) == 1
     [body] = page.texts("textarea", "create_product")
     assert json.loads(body)["name"] == html
-    hostile = shop.app.get(
-        "/", headers={"Accept": CHROME}, extra_environ={"SCRIPT_NAME": '/"><script>x</script>'}
-    )
+    mount_point = {"SCRIPT_NAME": '/"><script>x</script>'}
+    hostile = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point)
     assert len(Page(hostile.text).texts("script")) == 1
 
 
@@ -2558,48 +2328,6 @@ def test_changes_guarded_by_one_etag_have_one_winner(shop, mug):
     assert statuses.count(412) == 15
 
 
-def test_stock_is_conserved_through_a_mixed_run(shop, database):
-    for _ in range(5):
-        shop.product(stock=200)
-    added = [0] * 6
-
-    def do_anything(n):
-        client = Client(shop.app.app)
-        dice = random.Random(n)
-        for _ in range(25):
-            product = dice.randint(1, 5)
-            other = dice.randint(1, 5)
-            amount = dice.randint(1, 9)
-            match dice.randrange(4):
-                case 0 | 1 as sign:
-                    change = -amount if sign else amount
-                    path = f"/products/{product}/stock/"
-                    if client("POST", path, {"change": change}).status_int == 200:
-                        added[product] += change
-                case 2:
-                    status = dice.choice(["cancelled", "completed"])
-                    client("PATCH", f"/orders/{dice.randint(1, 60)}/", {"status": status})
-                case _:
-                    client.order(*{product: amount, other: amount}.items())
-
-    def buy(n):
-        client = Client(shop.app.app)
-        for _ in range(10):
-            client.order((1 + n % 5, 2), (1 + (n + 1) % 5, 1))
-
-    for _ in range(2):
-        at_once(1, do_anything)  # added[] is counted without a lock
-    at_once(8, buy)
-    sold = [0] * 6
-    for order in shop("GET", "/orders/?limit=1000").json["orders"]:
-        if order["status"] != "cancelled":
-            for line in order["products"]:
-                sold[line["product_id"]] += line["quantity"]
-    for number in range(1, 6):
-        assert shop.stock({"id": number}) == 200 + added[number] - sold[number]
-    assert db.check_integrity(database) == []
-
-
 # -------------------------------------------------------------------------------- the real process
 
 
@@ -2611,9 +2339,6 @@ class Response(NamedTuple):
     @property
     def json(self):
         return json.loads(self.body) if self.body else None
-
-
-RESET = Response(0, {}, b"")  # in place of a response: the connection was reset
 
 
 class Server:
@@ -2638,7 +2363,7 @@ class Server:
             timeout=30,
         )
 
-    def start(self, program=None):
+    def start(self, program=None, *, reads_log=True):
         """Start it, or a program that does so in its own way, and wait until it listens."""
         command = ["-c", program] if program else [HERE / "shop.py"]
         with (self.folder / "stderr").open("a") as stderr:
@@ -2658,7 +2383,8 @@ class Server:
         self.reader = threading.Thread(
             target=lambda: self.log.extend(self.process.stdout), daemon=True
         )
-        self.reader.start()
+        if reads_log:
+            self.reader.start()
         return self
 
     def end(self, number=signal.SIGTERM):
@@ -2718,8 +2444,6 @@ def read_responses(connection):
             data += part
     except TimeoutError:
         pass
-    except ConnectionResetError:
-        responses.append(RESET)
     while data:
         head, _, data = data.partition(b"\r\n\r\n")
         status_line, *lines = head.decode().split("\r\n")
@@ -2739,12 +2463,25 @@ def read_to_end(connection):
 
 
 @pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path).start()
-    yield server
-    if server.process.poll() is None:
-        assert server.end()[0] == 0
-    assert server.stderr() == ""
+def start_server(tmp_path):
+    """Starts servers, which must end well; setup is Python that runs before."""
+    servers = []
+
+    def start(setup="", **settings):
+        program = f"import gc, os, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
+        servers.append(Server(tmp_path, **settings).start(program if setup else None))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            assert server.end()[0] == 0
+        assert "DEBUG" in server.settings or server.stderr() == ""
+
+
+@pytest.fixture
+def server(start_server):
+    return start_server()
 
 
 @pytest.fixture(scope="module")
@@ -2755,26 +2492,11 @@ def shared_server(tmp_path_factory):
     server.assert_ends_well()
 
 
-class Attempt:
-    """An order that was sent, and its response where one came."""
-
-    def __init__(self, key, body):
-        self.key = key
-        self.body = body
-        self.response = None
-
-
-def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(tmp_path):
-    server = Server(tmp_path).start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(server, database):
     for number in range(1000):
-        body = json.dumps({"name": f"P{number}", "price": 1.25, "stock": 1000})
-        connection.request("POST", "/products/", body, JSON)
-        response = connection.getresponse()
-        response.read()
-        assert response.status == 201
-    connection.close()
-    attempts = []
+        assert server.product(name=f"P{number}", price=1.25, stock=1000).status == 201
+    sent = {}  # the body of each order, by its key
+    received = {}  # the response, where one came
     stop = threading.Event()
 
     def buy(run, n):
@@ -2783,13 +2505,13 @@ def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(
         for number in range(10**6):
             products = dice.sample(range(1, 1001), 3)
             body = order_of(*((product, dice.randint(1, 3)) for product in products))
-            attempt = Attempt(f"{run}-{n}-{number}", body)
-            attempts.append(attempt)
-            headers = JSON | {"Idempotency-Key": attempt.key}
+            key = f"{run}-{n}-{number}"
+            sent[key] = body
             try:
+                headers = JSON | {"Idempotency-Key": key}
                 connection.request("POST", "/orders/", json.dumps(body), headers)
                 response = connection.getresponse()
-                attempt.response = response.status, json.loads(response.read())
+                received[key] = response.status, json.loads(response.read())
             except (OSError, http.client.HTTPException):
                 return
             if stop.is_set():
@@ -2797,32 +2519,24 @@ def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(
 
     for run in 1, 2:
         threads = start_threads(30, functools.partial(buy, run))
-        while sum(attempt.response is not None for attempt in attempts) < 300 * run:
-            time.sleep(0)
+        wait_for(lambda run=run: len(received) >= 300 * run, 60)
         assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
         join_all(threads)
         server.start()
     stop.set()
-    acknowledged = 0
-    for attempt in attempts:
-        again = server("POST", "/orders/", attempt.body, **{"Idempotency-Key": attempt.key})
+    for key, body in sent.items():
+        again = server("POST", "/orders/", body, **{"Idempotency-Key": key})
         assert again.status == 201
-        if attempt.response and attempt.response[0] == 201:
-            acknowledged += 1
-            assert again.json == attempt.response[1]
+        if key in received:
+            assert received[key] == (201, again.json)
             assert again.headers["Idempotent-Replayed"] == "true"
-    assert acknowledged >= 600
-    orders = []
-    path = "/orders/?limit=1000"
-    while path:
-        page = server("GET", path).json
-        orders += page["orders"]
-        path = page["next"]
-    assert len(orders) == len(attempts)
-    sold = sum(line["quantity"] for order in orders for line in order["products"])
-    products = server("GET", "/products/").json["products"]
-    assert sum(product["stock"] for product in products) == 1_000_000 - sold
-    server.assert_ends_well()
+    assert server.end()[0] == 0
+    with connect(database) as connection:
+        sql = "SELECT count(DISTINCT order_id), sum(quantity) FROM order_line"
+        orders, sold = connection.execute(sql).fetchone()
+        [left] = connection.execute("SELECT sum(stock) FROM product").fetchone()
+    assert orders == len(sent)
+    assert left == 1_000_000 - sold
     assert server.run("check").stdout == "db.sqlite3: sound\n"
 
 
@@ -2833,82 +2547,132 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET_PRODUCTS = b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n"
 GET_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+TRAILER = CHUNKED + b"19\r\n" + BODY + b"\r\n0\r\n"
+
+
+def get(target=b"/healthz", fields=b"Host: x", version=b"1.1"):
+    return b"GET %b HTTP/%b\r\n%b\r\n\r\n" % (target, version, fields)
+
+
+BAD_LINES = (
+    b"nonsense | \x16\x03\x01\x02\x00\x01\x00 | GET | GET / | GET / HTTP/2.0 | GET / HTTP/9.9 | "
+    b"get / HTTP/1.1 | GET / HTTP/1.1 x | GET / FTP/1.1 | GET http://[ HTTP/1.1 | GET * HTTP/1.1 | "
+    b"CONNECT example.org:80 HTTP/1.1 | OPTIONS * HTTP/1.1 | GET products/ HTTP/1.1 | "
+    b"GET /products/ /x HTTP/1.1 | GET  /products/ HTTP/1.1 | GET\t/products/ HTTP/1.1 | "
+    b"GET /pro\tducts/ HTTP/1.1 | GET /pro\0ducts/ HTTP/1.1 | GET /pro\x1fducts/ HTTP/1.1 | "
+    b"GET /pro\x7fducts/ HTTP/1.1 | GET /pro\rducts/ HTTP/1.1 | GET /products/?q=\t HTTP/1.1 | "
+    b"GET http://user@x/healthz HTTP/1.1 | GET / HTTP/1.1\r\n x: y | GET /healthz HTTP/1.1\nA: b"
+)
+BAD_FIELDS = (
+    b"Host: x | Host: y | Host x | A: b\r\n folded | A: b\r\n\tfolded | A: b\nC: d | A: b\n | "
+    b"\nA: b | A: b\rc | A: b\0c | A : b | : b"
+)
+BAD_LENGTHS = (
+    b"Content-Length: -1 | Content-Length: +25 | Content-Length: 25, 25 | "
+    b"Content-Length: 25\r\nContent-Length: 25 | Content-Length: 25\r\nTransfer-Encoding: | "
+    b"Transfer-Encoding: gzip | Transfer-Encoding: chunked, chunked | "
+    b"Transfer-Encoding : chunked | Transfer-Encoding: chunked\r\n\tx"
+)
 RAW_REQUESTS = [
-    # the request line
-    (b"nonsense\r\n\r\n", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
-    (b"GET\r\n\r\n", 400),
-    (b"GET /\r\nHost: x\r\n\r\n", 400),
-    (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 400),
-    (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 400),
-    (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET / HTTP/1.1 x\r\nHost: x\r\n\r\n", 400),
-    (b"GET / FTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+    *((line + b"\r\nHost: x\r\n\r\n", 400) for line in BAD_LINES.split(b" | ")),
+    *((blanks + GET_HEALTH, 400) for blanks in (b" ", b"\t", b"\n", b"\r", b"\r\n\n")),
+    *((get(fields=b"Host: x\r\n" + field), 400) for field in BAD_FIELDS.split(b" | ")),
+    *((HEAD + field + b"\r\n\r\n" + BODY, 400) for field in BAD_LENGTHS.split(b" | ")),
+    (b"\r\n\r\n" + GET_HEALTH, 200),
     (b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-    (b"GET http://example.org/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
-    (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
-    (b"GET /%ff HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-    (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-    (b"CONNECT example.org:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
-    # headers
-    (b"GET / HTTP/1.1\r\nHost x\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n folded\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n\tfolded\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\n x: y\r\nHost: x\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\nC: d\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA:" + b" " * 16_000 + b"\1\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 16_000 + b"\r\n\r\n", 200),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 17_000 + b"\r\n\r\n", 431),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000, 431),
-    # the length of the body
+    (get(b"http://example.org/healthz"), 200),
+    (get(b"/%ff"), 404),
+    (get(b"/\xff\xfe"), 404),
+    (get(b"/" + b"a" * 17_000), 431),
+    (get(fields=b"Host: x\r\nA:" + b" " * 16_000 + b"\1"), 400),
+    (get(fields=b"Host: x\r\nA: " + b"a" * 16_000), 200),
+    (get(fields=b"Host: x\r\nA: " + b"a" * 17_000), 431),
+    (GET_HEALTH[:-2] + b"A: " + b"a" * 40_000, 431),
+    # Host
+    *(
+        (get(fields=b"Host: " + host), 400)
+        for host in (b"a/b", b"user@x", b"x:abc", b"x y", b"x, y")
+    ),
+    (get(fields=b"Host: \xe9"), 400),
+    (get(fields=b"A: b"), 400),
+    (get(b"http://x/healthz", fields=b"A: b"), 400),
+    (get(fields=b"Host: a/b", version=b"1.0"), 400),
+    (get(fields=b"A: b", version=b"1.0"), 200),
+    (get(fields=b"Host: example.org:8000"), 200),
+    (get(fields=b"Host: [::1]:80"), 200),
+    # the length of a body
     (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
-    (HEAD + b"Content-Length: -1\r\n\r\n", 400),
-    (HEAD + b"Content-Length: +25\r\n\r\n" + BODY, 400),
-    (HEAD + b"Content-Length: 25\r\nContent-Length: 25\r\n\r\n" + BODY, 400),
-    (HEAD + b"Content-Length: 25\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    (HEAD + b"Content-Length: 25\r\nTransfer-Encoding:\r\n\r\n" + BODY, 400),
+    (HEAD + b"Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GET_HEALTH, 400),
+    (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n" + TRAILER[len(HEAD) :] + b"\r\n", 400),
     (HEAD + b"Content-Length: 131073\r\n\r\n", 413),
-    # chunks
-    (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    (HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding: Chunked\r\n\r\n19;a=b\r\n" + BODY + b"\r\n0\r\nT: x\r\n\r\n", 201),
-    (CHUNKED + b"xyz\r\n", 400),
-    (CHUNKED + b"5\r\nabcdefgh", 400),
-    # Expect
-    (HEAD + b"Content-Length: 25\r\nExpect: 100-continue\r\n\r\n" + BODY, 201),
-    (HEAD + b"Content-Length: 25\r\nExpect: a miracle\r\n\r\n" + BODY, 417),
     (HEAD + b"Content-Length: 131073\r\nExpect: 100-continue\r\n\r\n", 413),
+    (HEAD + b"Content-Length: 25\r\nExpect: 100-continue\r\n\r\n" + BODY, 201),
     (HEAD + b"Expect: 100-continue\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 25\r\nExpect: a miracle\r\n\r\n" + BODY, 417),
+    # chunks: as waitress reads them, but never as two requests
+    *(
+        (CHUNKED + size + b"\r\n" + BODY + LAST_CHUNK, 400)
+        for size in (b"19 ", b" 19", b"0x19", b"+19", b"1_9", b"-1", b";a=b", b"xyz")
+    ),
+    *((CHUNKED + b"19\r\n" + BODY + end + b"0\r\n\r\n", 400) for end in (b"\n", b"xx")),
+    (CHUNKED + b"5\r\nabcdefgh", 400),
+    (CHUNKED + b"5\n\r\nhello" + LAST_CHUNK, 400),
+    (CHUNKED + b"5;a\n\r\nhello" + LAST_CHUNK, 400),
+    (CHUNKED + b"5;a\r\rhello" + LAST_CHUNK, 400),
+    (CHUNKED + b"a\r\n" + BODY[:10] + b"f\r\n" + BODY[10:] + LAST_CHUNK, 400),
+    (CHUNKED + b"a\r\n" + BODY[:10] + b"\r\n\r\nf\r\n" + BODY[10:] + LAST_CHUNK, 201),
+    (CHUNKED + b"\r\n19\r\n" + BODY + LAST_CHUNK, 201),
+    (CHUNKED + b"19;" + b"a" * 300 + b"\r\n" + BODY + LAST_CHUNK, 201),
+    (
+        CHUNKED.replace(b"chunked", b"Chunked") + b"19;a=b\r\n" + BODY + b"\r\n0\r\nT: x\r\n\r\n",
+        201,
+    ),
+    *(
+        (TRAILER + trailer + b"\r\n\r\n", 201)
+        for trailer in (
+            *(b"\n" + GET_HEALTH[:-4], GET_HEALTH[:-4], b"A: b\nC: d", b" A: b", b"A : b"),
+            *(b"A: \0", b"A: " + b"b" * 17_000, b"A: b\r\nC: d"),
+        )
+    ),
 ]
-TITLES = {
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    413: "Content Too Large",
-    417: "Expectation Failed",
-    431: "Request Header Fields Too Large",
-}
 
 
-@pytest.mark.parametrize("request_, status", RAW_REQUESTS)
-def test_whatever_comes_over_the_wire_is_answered_in_json(shared_server, request_, status):
-    responses = shared_server.send(request_, half_close=True)
+def send_in_pieces(server, request):
+    """Send the request a byte a packet, as far as the server takes it, and return the responses."""
+    with server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ConnectionError):
+            for byte in request:
+                connection.send(bytes([byte]))
+            connection.shutdown(socket.SHUT_WR)
+        return read_responses(connection)
+
+
+# Requests whose head is accepted: the server may keep the connection open.
+STAYS_OPEN = (CHUNKED, HEAD + b"Expect")
+
+
+def assert_answered(responses, request, status):
+    """There is one response, of this status, in JSON."""
     [response] = [response for response in responses if response.status != 100]
-    assert response.status == status, response
+    assert response.status == status, (request, response)
     if status < 300:
         assert response.headers["content-type"] == "application/json"
         assert response.json
-    else:
-        assert response.headers["content-type"] == "application/problem+json"
-        assert response.json["status"] == status
-        assert response.json["title"] == TITLES[status]
+        return
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (response.json["status"], response.json["title"]) == (status, TITLES[status])
+    if status in (400, 413, 431) and not request.startswith(STAYS_OPEN):
+        assert response.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("request_, status", RAW_REQUESTS)
+def test_every_request_is_read_strictly_and_answered_in_json(shared_server, request_, status):
+    assert_answered(shared_server.send(request_, half_close=True), request_, status)
+    if len(request_) < 1000:
+        assert_answered(send_in_pieces(shared_server, request_), request_, status)
 
 
 def test_a_chunked_body_is_measured_without_its_framing(server):
@@ -2916,7 +2680,7 @@ def test_a_chunked_body_is_measured_without_its_framing(server):
         body = BODY.ljust(size)
         parts = [body[start : start + 500] for start in range(0, size, 500)]
         chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-        return server.send(CHUNKED + chunks, b"0\r\n\r\n")[0].status
+        return server.send(closing(CHUNKED) + chunks, b"0\r\n\r\n")[0].status
 
     assert send_chunked(128 << 10) == 201
     assert send_chunked((128 << 10) + 1) == 413
@@ -2930,41 +2694,37 @@ def test_a_client_that_sends_too_much_can_still_read_the_413(server):
         assert response.headers["connection"] == "close"
 
 
-def test_a_smuggled_request_is_never_served(server):
-    body = b"0\r\n\r\n" + GET_HEALTH
-    head = HEAD + b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % len(body)
-    [response] = server.send(head + body)
-    assert response.status == 400
-    assert response.headers["connection"] == "close"
-
-
 def test_requests_in_one_packet_are_answered_in_their_order(server):
-    responses = server.send((POST + GET_PRODUCTS) * 20)
+    chunked = TRAILER + b"A: b\r\n\r\n\r\n"
+    responses = server.send((POST + GET_PRODUCTS + chunked + GET_PRODUCTS) * 10)
     assert [response.status for response in responses] == [201, 200] * 20
     counts = [len(response.json["products"]) for response in responses[1::2]]
     assert counts == list(range(1, 21))
 
 
-def test_a_search_may_be_typed_into_curl_as_it_is(server):
+def test_a_body_with_the_bytes_of_a_cached_request_is_a_body(server):
+    assert [response.status for response in server.send(GET_PRODUCTS, GET_PRODUCTS)] == [200, 200]
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(GET_PRODUCTS)
+    with server.connect() as connection:
+        connection.sendall(head)
+        assert server("GET", "/healthz").status == 200  # by now it has been read
+        connection.sendall(GET_PRODUCTS)
+        assert [response.status for response in read_responses(connection)] == [400]
+
+
+def test_a_search_may_be_typed_into_curl_unquoted(server):
     server.product(name="CAFÉ")
-    [response] = server.send("GET /products/?q=é HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    [response] = server.send(closing(get("/products/?q=é".encode())))
     assert response.status == 200
     assert len(response.json["products"]) == 1
 
 
 @pytest.mark.parametrize(
-    "request_",
-    [
-        b"GET / HTTP/1.1\nHost: x\n\n",
-        b"\x16\x03\x01\x02\x00",
-        b"\r\n{",
-        b"GET / HTTP/1.1\r\nHost: x\n",
-    ],
+    "beginning",
+    [b"GET / HTTP/1.1\nHost: x\n\n", b"\x16\x03\x01\x02\x00", b"\r\n{", GET_HEALTH[:-4] + b"\n"],
 )
-def test_what_can_never_become_a_request_is_refused_without_waiting_for_its_end(server, request_):
-    [response] = server.send(request_)
-    assert response.status == 400
-    assert response.json["status"] == 400
+def test_what_can_never_become_a_request_is_rejected_before_its_end(shared_server, beginning):
+    assert_answered(shared_server.send(beginning), beginning, 400)
 
 
 def test_a_response_without_a_body_leaves_the_connection_open(server):
@@ -2994,7 +2754,7 @@ def test_proxy_headers_of_a_stranger_change_nothing(server):
         b"X-Forwarded-Host: evil\r\nX-Forwarded-Proto: https\r\nX-Forwarded-For: 6.6.6.6\r\n"
         b"Forwarded: for=6.6.6.6\r\nX-Forwarded-Prefix: /evil\r\nX-Script-Name: /evil\r\n"
     )
-    [response] = server.send(HEAD + forged + b"Content-Length: 25\r\n\r\n" + BODY)
+    [response] = server.send(closing(HEAD) + forged + b"Content-Length: 25\r\n\r\n" + BODY)
     assert response.status == 201
     assert response.headers["location"] == "/products/1/"
     assert "server" not in response.headers
@@ -3019,21 +2779,23 @@ def test_idle_and_slow_clients_do_not_hold_up_the_others(server):
         connection.close()
 
 
-def test_idle_connections_and_requests_that_drip_in_are_closed(tmp_path):
-    server = Server(tmp_path).start(
-        "import shop; shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1; shop.main([])"
-    )
-    for beginning in b"", POST, b"\r\n", POST[:20], POST[:-3]:
+def test_idle_connections_and_requests_that_drip_in_are_closed(start_server):
+    server = start_server("shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1")
+    beginnings = b"", POST, b"\r\n", POST[:20], POST[:-3]
+
+    def measure(n):
         with server.connect() as connection:
-            connection.sendall(beginning)
+            connection.sendall(beginnings[n])
             started = time.monotonic()
             # A byte now and then does not keep an unfinished request alive.
             while not select.select([connection], [], [], 0.1)[0] or connection.recv(1 << 16):
-                if beginning in (POST[:20], POST[:-3]) and time.monotonic() < started + 5:
+                if beginnings[n] == POST[:20] and time.monotonic() < started + 5:
                     with contextlib.suppress(OSError):
-                        connection.send(b"x" if beginning == POST[:20] else b"")
-            assert 0.5 < time.monotonic() - started < 4
-    server.assert_ends_well()
+                        connection.send(b"x")
+            return time.monotonic() - started
+
+    for seconds in at_once(len(beginnings), measure):
+        assert 0.5 < seconds < 4
 
 
 def test_an_idle_connection_outlives_those_of_the_proxies_in_front():
@@ -3041,20 +2803,14 @@ def test_an_idle_connection_outlives_those_of_the_proxies_in_front():
     assert shop_module.REQUEST_TIMEOUT == 30
 
 
-def test_a_write_may_wait_for_the_lock_longer_than_an_idle_connection_lives(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import shop\n"
-        "shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1\n"
-        "shop.LOCK_TIMEOUT = 3\n"
-        "shop.main([])\n"
-    )
+def test_a_write_may_wait_for_the_lock_longer_than_an_idle_connection_lives(start_server, database):
+    server = start_server("shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1; shop.LOCK_TIMEOUT = 3")
     other = lock(database)
     with server.connect() as connection:
         connection.sendall(POST * 2 + HEAD)
         assert connection.recv(20) == b"HTTP/1.1 503 Service"
     other.close()
     assert server.product().status == 201
-    server.assert_ends_well()
 
 
 def fill(database, products, size=10_000):
@@ -3072,15 +2828,28 @@ def fill(database, products, size=10_000):
 
 def test_a_slow_reader_gets_large_responses_in_full_while_the_server_stops(server, database):
     fill(database, 1800)  # waitress would wait for a second thread above 16 MiB
-    with server.connect() as reader, server.connect() as idle:
+    with server.connect(SO_RCVBUF=1 << 16) as reader, server.connect() as idle:
         reader.sendall(GET_PRODUCTS * 2)
         idle.sendall(b"GET /healthz HTTP/1.1\r\n")
+        reader.recv(1, socket.MSG_PEEK)
         assert server.order().status == 201  # the others go on
+        reader.sendall(GET_HEALTH)  # what is not read must not make the end a reset
         server.process.terminate()
         data = read_to_end(reader)
-        assert data.count(b"HTTP/1.1 200 OK") == 2
+        assert data.count(b"HTTP/1.1 200 OK") >= 2
         assert data.count(b'"next":null}') == 2
     assert server.process.wait(5) == 0
+
+
+def test_responses_that_a_client_does_not_read_are_not_piled_up(server, database):
+    fill(database, 1800)
+    memory = resident_memory(server)
+    with server.connect() as reader:
+        reader.sendall(GET_PRODUCTS * 20)
+        reader.recv(1, socket.MSG_PEEK)
+        for _ in range(60):
+            assert server("GET", "/healthz").status == 200
+        assert resident_memory(server) - memory < 180 << 20  # all would take 360 MB
 
 
 def test_an_upload_under_way_at_a_signal_is_answered(server):
@@ -3120,19 +2889,9 @@ def test_a_second_signal_ends_the_server_at_once(server, database):
 def test_an_urgent_byte_closes_its_connection_and_no_more(server):
     with server.connect() as connection:
         connection.send(b"x", socket.MSG_OOB)
-        assert read_responses(connection) in ([], [RESET])
+        with contextlib.suppress(ConnectionResetError):
+            assert read_to_end(connection) == b""
     assert server("GET", "/healthz").status == 200
-
-
-def test_a_response_is_sent_in_full_at_shutdown_though_the_client_sends_more(server, database):
-    fill(database, 600)
-    with server.connect(SO_RCVBUF=1 << 16) as reader:
-        reader.sendall(GET_PRODUCTS)
-        reader.recv(10)
-        reader.sendall(GET_HEALTH)
-        server.process.terminate()
-        assert b'"next":null}' in read_to_end(reader)
-    assert server.process.wait(5) == 0
 
 
 RESET_ON_CLOSE = {"SO_LINGER": struct.pack("ii", 1, 0)}
@@ -3149,37 +2908,36 @@ def test_a_connection_that_is_reset_between_two_requests_does_no_harm(server, da
     assert server("GET", "/healthz").status == 200
 
 
-def test_clients_that_vanish_leave_nothing_behind(server):
+def test_clients_that_vanish_leave_nothing_behind(start_server):
+    server = start_server("gc.disable()")  # all is freed without it
     server.product(stock=10**9)
-    process = Path(f"/proc/{server.process.pid}")
-    body = json.dumps(order_of((1, 1))).encode()
-    head = HEAD.replace(b"products", b"orders") + b"Content-Length: %d\r\n\r\n" % len(body)
-    order = head + body
+    half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
+    order = order_request(1)
 
-    def measure():
-        pages = int((process / "statm").read_text().split()[1])
-        return len(list((process / "fd").iterdir())), pages * 4096
+    def files_and_memory():
+        assert server("GET", "/healthz").status == 200
+        return len(os.listdir(f"/proc/{server.process.pid}/fd")), resident_memory(server)
 
-    def vanish(times):
-        for number in range(times):
+    files, memory = files_and_memory()
+    for number in range(16):
+        connections = [server.connect(**RESET_ON_CLOSE if number % 2 else {}) for _ in range(60)]
+        for connection in connections:
+            connection.sendall(half)
+        for _ in range(len(half) // shop_module.RECV_BYTES + 2):
+            server("GET", "/healthz")  # in each turn the server reads a piece of every one
+        for connection in connections:
+            connection.close()
+        for missing in (0, 40, 80) * 35:
             with server.connect(**RESET_ON_CLOSE) as connection:
-                connection.sendall(order[: len(order) - number % 3 * 40])
-        for _ in range(100):
-            assert server("GET", "/products/").status == 200
-
-    vanish(300)
-    files, memory = measure()
-    vanish(1500)
-    later_files, later_memory = measure()
+                connection.sendall(order[: len(order) - missing])
+    later_files, later_memory = files_and_memory()
     assert later_files <= files + 3
-    assert later_memory < memory + (4 << 20)
+    assert later_memory < memory + (30 << 20)  # 96 MB have been sent
     assert server.order().status == 201
 
 
-def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import shop; shop.LOCK_TIMEOUT = 2; raise SystemExit(shop.main([]))"
-    )
+def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(start_server, database):
+    server = start_server("shop.LOCK_TIMEOUT = 2")
     product = server.product(stock=9).json
     other = lock(database)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -3203,15 +2961,14 @@ def test_while_another_process_holds_the_lock_reads_go_on_and_writes_wait(tmp_pa
         assert [order.result().status for order in orders] == [201] * 3
     other.close()
     assert server("GET", "/products/1/").json["stock"] == 6
-    server.assert_ends_well()
 
 
-def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tmp_path, database):
+def test_a_database_that_is_locked_at_the_start_is_used_once_it_is_free(start_server, database):
     with connect(database) as connection:
         connection.execute("PRAGMA user_version = 0")
     other = lock(database)
     other.execute("CREATE TABLE _litestream_seq (x)")
-    server = Server(tmp_path).start()
+    server = start_server()
     response = server("GET", "/products/")
     assert response.status == 503
     assert response.headers["Retry-After"] == "1"
@@ -3220,38 +2977,40 @@ def test_a_database_that_is_locked_at_the_start_is_used_as_soon_as_it_is_free(tm
     other.close()
     assert server.product().status == 201
     assert server("GET", "/healthz").status == 200
-    server.assert_ends_well()
 
 
-def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(tmp_path, database):
-    server = Server(tmp_path).start(
-        "import resource, shop\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1))\n"
-        "raise SystemExit(shop.main([]))\n"
-    )
+def set_file_size(server, limit):
+    """Limit the files of a server to so many bytes, as a full disk would; -1 ends it."""
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (limit, -1))
+
+
+def fill_disk(server):
+    """Create products until the disk is full; returns how many, and the last response."""
+    set_file_size(server, 900_000)
     created = 0
-    while True:
-        response = server.product(description="y" * 10_000, stock=9)
-        if response.status != 201:
-            break
+    while (response := server.product(description="y" * 10_000, stock=9)).status == 201:
         created += 1
+    assert created > 10
+    return created, response
+
+
+def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(server, database):
+    created, response = fill_disk(server)
     assert response.status == 503
     assert response.headers["Retry-After"] == "1"
     full = "The disk is full.", "The disk cannot be read or written."
     assert response.json["detail"] in full
-    assert created > 10
     assert len(server("GET", "/products/").json["products"]) == created
     body = json.dumps({"name": "x", "description": "y" * 9000, "price": 1}).encode()
     head = HEAD + b"Content-Length: %d\r\n" % len(body)
-    # Not even a WAL that has been emptied has room now.
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
+    set_file_size(server, 1)  # not even a WAL that has been emptied has room now
     # The 100 Continue of the second request must not take a 201 of the first along.
     responses = server.send(head + b"\r\n" + body + head + b"Expect: 100-continue\r\n\r\n")
     assert [response.status for response in responses] == [503, 100]
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    set_file_size(server, -1)
     assert server.order().status == 201
     assert server.product().json["id"] == created + 1
-    server.assert_ends_well()
+    assert server.end()[0] == 0
     assert db.check_integrity(database) == []
 
 
@@ -3276,8 +3035,8 @@ def test_a_failed_commit_is_reported_to_all_that_shared_it_and_undone(database):
 def test_the_access_log_has_one_line_a_request(server):
     server.product()
     server("GET", "/products/1/?secret=1")
-    server.send(b"GET /a%0Ab\xe9 HTTP/1.1\r\nHost: x\r\n\r\n")
-    server.send(b"GET /a\x1b HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.send(closing(get(b"/a%0Ab\xe9")))
+    server.send(get(b"/a\x1b"))
     server.send(b"nonsense\r\n\r\n")
     server.end()
     warning = "ADMIN_TOKEN is not set: anyone may read orders and change products.\n"
@@ -3294,18 +3053,21 @@ def test_the_access_log_has_one_line_a_request(server):
         assert re.fullmatch(stamp + pattern + r" \d+\.\d\n", line), line
 
 
-def test_the_log_says_how_long_each_request_of_one_packet_took(server, database):
-    fill(database, 300)
-    responses = server.send(b"GET /products/?q=y HTTP/1.1\r\nHost: x\r\n\r\n" + GET_HEALTH)
-    assert [response.status for response in responses] == [200, 200]
+def test_the_log_says_how_long_each_request_of_one_packet_took(start_server, tmp_path):
+    server = start_server(SLOW_LISTS)
+    with server.connect() as connection:
+        connection.sendall(GET_PRODUCTS + closing(GET_HEALTH))
+        assert not select.select([connection], [], [], 0.3)[0]
+        (tmp_path / "go").touch()
+        assert read_to_end(connection).count(b"HTTP/1.1 200 OK") == 2
     server.end()
     first, second = (float(line.split()[-1]) for line in server.log[2:])
     assert first > second
-    assert first > 1
+    assert first > 250
 
 
-def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
-    server = Server(tmp_path, ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true").start()
+def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(start_server):
+    server = start_server(ACCESS_LOG="false", ADMIN_TOKEN="s3cret", DEBUG="true")
     product = {"name": "x", "price": 1}
     assert server("POST", "/products/", product, **bearer("s3cret")).status == 201
     server.end()
@@ -3315,21 +3077,12 @@ def test_the_access_log_can_be_off_and_the_token_is_nowhere_in_a_log(tmp_path):
 
 
 def test_nobody_needs_to_read_the_log(tmp_path):
-    server = Server(tmp_path)
-    server.process = subprocess.Popen(
-        [sys.executable, HERE / "shop.py"],
-        cwd=tmp_path,
-        env=server.environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    server.port = int(re.search(r":(\d+)/", server.process.stdout.readline())[1])
+    server = Server(tmp_path).start(reads_log=False)
     for _ in range(4):
         # 100 KB of log lines, and a pipe holds 64
-        assert len(server.send(GET_PRODUCTS * 400)) == 400
+        assert len(server.send(GET_PRODUCTS * 399 + closing(GET_PRODUCTS))) == 400
     server.process.stdout.close()
-    assert len(server.send(GET_PRODUCTS)) == 1
+    assert len(server.send(closing(GET_PRODUCTS))) == 1
     server.process.terminate()
     assert server.process.wait(5) == 0
 
@@ -3752,7 +3505,7 @@ def test_a_backup_under_load_is_one_consistent_state(server, tmp_path):
     join_all(threads)
 
 
-def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
+def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
     server.product()
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "used-wal").write_text("")
@@ -3768,6 +3521,9 @@ def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
         result = server.run("backup", *arguments)
         assert result.returncode == 1, result
         assert re.fullmatch(r"shop: [^\n]+\n", result.stderr), result
+        # The option that helps is named, and only where it does.
+        assert arguments != ["mine"] or re.search("mine.*--overwrite", result.stderr)
+        assert "--overwrite" not in arguments or "--overwrite" not in result.stderr
     assert (tmp_path / "mine").read_text() == "mine"
     assert server("GET", "/products/1/").status == 200
     assert server.run("backup", "mine", "--overwrite").returncode == 0
@@ -3775,22 +3531,7 @@ def test_a_backup_refuses_a_bad_target_and_leaves_it_alone(server, tmp_path):
     assert server.run("check", "mine").returncode == 0
 
 
-def test_a_backup_onto_a_file_names_the_option_that_replaces_it(server, tmp_path):
-    server.product()
-    (tmp_path / "mine").write_text("mine")
-    refused = server.run("backup", "mine")
-    assert refused.returncode == 1
-    assert "mine" in refused.stderr
-    assert "--overwrite" in refused.stderr
-    assert (tmp_path / "mine").read_text() == "mine"
-    assert server.run("backup", "mine", "--overwrite").returncode == 0
-    for target in "db.sqlite3", ".":  # which --overwrite does not replace
-        refused = server.run("backup", target, "--overwrite")
-        assert refused.returncode == 1
-        assert "--overwrite" not in refused.stderr
-
-
-def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_path):
+def test_check_names_a_file_that_is_missing_or_no_database(shop, mug, tmp_path):
     (tmp_path / "text").write_text("no database " * 100)
     for name in "text", "none":
         result = Server(tmp_path).run("check", name)
@@ -3799,66 +3540,30 @@ def test_check_names_the_file_also_where_it_is_none_of_a_shop(shop, mug, tmp_pat
         assert re.fullmatch(rf"shop: [^\n]*\b{name}\b[^\n]*\n", result.stderr)
 
 
-@pytest.mark.parametrize(
-    "statements, message",
-    [
-        (
-            "UPDATE orders SET total = total + 1",
-            "Order 1 has a total of 1000 cents, but 1 lines that make 999.",
-        ),
-        (
-            "DELETE FROM order_line",
-            "Order 1 has a total",
-        ),
-        (
-            "PRAGMA ignore_check_constraints = ON; UPDATE product SET stock = -1",
-            "CHECK constraint failed in product",
-        ),
-        (
-            "PRAGMA ignore_check_constraints = ON; UPDATE product SET metadata = '[]'",
-            "CHECK constraint failed in product",
-        ),
-        (
-            "PRAGMA ignore_check_constraints = ON; UPDATE orders SET metadata = '{'",
-            "CHECK constraint failed in orders",
-        ),
-        (
-            """UPDATE product SET metadata = '{"a":"b","colour":1}'""",
-            "Product 1 has metadata other than 50 short texts.",
-        ),
-        (
-            """UPDATE orders SET metadata = '{"a b":"x"}'""",
-            "Order 1 has metadata other than 50 short texts.",
-        ),
-        (
-            """UPDATE product SET metadata = '{"":"x"}'""",
-            "Product 1 has metadata other than 50 short texts.",
-        ),
-        (
-            "UPDATE orders SET metadata = json_object('a', printf('%.501c', 'x'))",
-            "Order 1 has metadata other than 50 short texts.",
-        ),
-        (
-            "UPDATE orders SET metadata = (WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1"
-            " FROM n WHERE i < 51) SELECT json_group_object(i, 'x') FROM n)",
-            "Order 1 has metadata other than 50 short texts.",
-        ),
-        (
-            "DROP INDEX product_by_sku; UPDATE product SET sku = 'M';"
-            "INSERT INTO product (name, price, sku) VALUES ('x', 1, 'M')",
-            "Products 1, 2 have the same sku 'M'.",
-        ),
-        (
-            "PRAGMA foreign_keys = OFF; DELETE FROM orders",
-            "A row of order_line refers to a missing row of orders.",
-        ),
-    ],
-)
-def test_check_finds_planted_damage(shop, mug, database, tmp_path, statements, message):
+DAMAGE = {
+    "UPDATE orders SET total = total + 1": "a total of 1000 cents, but 1 lines that make 999.",
+    "DELETE FROM order_line": "Order 1 has a total",
+    "UPDATE product SET stock = -1": "CHECK constraint failed in product",
+    "UPDATE product SET metadata = '[]'": "CHECK constraint failed in product",
+    "UPDATE orders SET metadata = '{'": "CHECK constraint failed in orders",
+    """UPDATE product SET metadata = '{"a":"b","colour":1}'""": "Product 1 has metadata other than",
+    """UPDATE orders SET metadata = '{"a b":"x"}'""": "Order 1 has metadata other than 50 short",
+    """UPDATE product SET metadata = '{"":"x"}'""": "Product 1 has metadata other than",
+    "UPDATE orders SET metadata = json_object('a', printf('%.501c', 'x'))": "Order 1 has metadata",
+    "UPDATE orders SET metadata = (WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
+    " WHERE i < 51) SELECT json_group_object(i, 'x') FROM n)": "Order 1 has metadata other than 50",
+    "DROP INDEX product_by_sku; UPDATE product SET sku = 'M';"
+    "INSERT INTO product (name, price, sku) VALUES ('x', 1, 'M')": "Products 1, 2 have the same",
+    "DELETE FROM orders": "A row of order_line refers to a missing row of orders.",
+}
+
+
+@pytest.mark.parametrize("statement, message", DAMAGE.items())
+def test_check_finds_planted_damage(shop, mug, database, tmp_path, statement, message):
     shop.order((1, 1))
     assert Server(tmp_path).run("check").stdout == "db.sqlite3: sound\n"
     with connect(database) as connection:
-        connection.executescript(statements)
+        connection.executescript(f"PRAGMA ignore_check_constraints = ON; {statement}")
     result = Server(tmp_path).run("check")
     assert result.returncode == 1
     assert message in result.stdout
@@ -3910,15 +3615,11 @@ def test_help_lists_every_command_and_every_setting(tmp_path):
     [
         (["bakcup"], "unknown command 'bakcup'"),
         (["--nonsense"], "unknown option '--nonsense'"),
-        (["-x"], "unknown option '-x'"),
-        (["backup", "--force", "x"], "unknown option '--force'"),
         (["check", "-x"], "unknown option '-x'"),
         (["serve", "--overwrite"], "unknown option '--overwrite'"),
         (["x" * 5000], "unknown command 'xxx"),
         (["two\nlines"], "unknown command 'two"),
         (["backup"], "backup"),
-        (["backup", "a", "b"], "backup"),
-        (["check", "a", "b"], "check"),
         (["serve", "a"], "serve"),
         (["import"], "import"),
         ([""], "unknown command ''"),
@@ -3949,20 +3650,23 @@ def test_the_version_is_one_line(tmp_path):
     result = Server(tmp_path, PORT="nonsense").run("--version")
     assert result.returncode == 0
     assert result.stderr == ""
-    assert re.fullmatch(
-        rf"shop {re.escape(shop_module.VERSION)}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout
-    )
+    version = re.escape(shop_module.VERSION)
+    assert re.fullmatch(rf"shop {version}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout)
     assert openapi()["info"]["version"] == shop_module.VERSION
 
 
-def test_a_read_only_server_answers_every_get_and_refuses_every_write(server, tmp_path):
-    server.product(stock=9)
-    copy = Server(tmp_path, READ_ONLY="true").start()
+def test_a_read_only_server_shows_every_change_and_rejects_writes(server, start_server, tmp_path):
+    copy = start_server(READ_ONLY="true")
     assert copy("GET", "/healthz").json == {"status": "ok", "read_only": True}
-    for _ in range(5):
+    for count in 1, 2, 3:
+        server.product(stock=9)
         server.order()
-        for path in "/products/", "/products/1/", "/orders/", "/orders/1/":
-            assert copy("GET", path).json == server("GET", path).json
+        for seconds_ago in 0, 10:  # a file that has not changed for a while is cached
+            for name in "db.sqlite3", "db.sqlite3-wal":
+                changed_at = time.time() - seconds_ago
+                os.utime(tmp_path / name, (changed_at, changed_at))
+            for path in ["/products/", "/products/1/", "/orders/", f"/orders/{count}/"] * 3:
+                assert copy("GET", path).json == server("GET", path).json
     for method, path, body in [
         ("POST", "/orders/", order_of((1, 1))),
         ("POST", "/products/", {"name": "x", "price": 1}),
@@ -3974,40 +3678,27 @@ def test_a_read_only_server_answers_every_get_and_refuses_every_write(server, tm
         assert refused.status == 503
         assert refused.headers["Retry-After"]
         assert "read-only copy" in refused.json["detail"]
-    assert copy.end()[0] == 0
-    assert server("GET", "/products/1/").json["stock"] == 4
+    assert server("GET", "/products/1/").json["stock"] == 6
 
 
 # ------------------------------------------------------------------- pins, README, OpenAPI, Docker
 
 
 # Every internal of waitress that the server overrides or calls, and a hash of its source.
-WAITRESS_INTERNALS = {
-    "adjustments.Adjustments": "475cc98278b2",
-    "buffers.OverflowableBuffer": "545747c4f2e2",
-    "channel.HTTPChannel": "aa3da44fa174",
-    "parser.HTTPRequestParser": "f2b09de756c1",
-    "parser.ParsingError": "19c4a507b52b",
-    "parser.TransferEncodingNotImplemented": "76fdb80eaf52",
-    "parser.crack_first_line": "5ef0eba51166",
-    "parser.get_header_lines": "968a7db45a59",
-    "parser.split_uri": "2959428735d4",
-    "receiver.ChunkedReceiver": "7d4fd7a3f8c5",
-    "receiver.FixedStreamReceiver": "434997a7017f",
-    "server.BaseWSGIServer": "82ab2f37dc85",
-    "server.TcpWSGIServer": "b2cb32f191a1",
-    "task.Task": "407d67e51639",
-    "task.ThreadedTaskDispatcher": "541f30c57f08",
-    "task.WSGITask.get_environment": "3bb57be6c7db",
-    "trigger.trigger": "48bf86fea4c8",
-    "utilities.BadRequest": "6502b0d69646",
-    "utilities.build_http_date": "323d7932141e",
-    "utilities.find_double_newline": "2feb10fa9a60",
-    "wasyncore.close_all": "6b588549e991",
-    "wasyncore.dispatcher": "4d74dc7e94b4",
-    "wasyncore.poll2": "f2ea2bd150ff",
-    "wasyncore.readwrite": "2467235cc3f4",
-}
+WAITRESS_INTERNALS = """
+adjustments.Adjustments 475cc98278b2             buffers.OverflowableBuffer 545747c4f2e2
+channel.HTTPChannel aa3da44fa174                 parser.HTTPRequestParser f2b09de756c1
+parser.ParsingError 19c4a507b52b                 parser.TransferEncodingNotImplemented 76fdb80eaf52
+parser.crack_first_line 5ef0eba51166             parser.get_header_lines 968a7db45a59
+parser.split_uri 2959428735d4                    receiver.ChunkedReceiver 7d4fd7a3f8c5
+receiver.FixedStreamReceiver 434997a7017f        server.BaseWSGIServer 82ab2f37dc85
+server.TcpWSGIServer b2cb32f191a1                task.Task 407d67e51639
+task.ThreadedTaskDispatcher 541f30c57f08         task.WSGITask.get_environment 3bb57be6c7db
+trigger.trigger 48bf86fea4c8                     utilities.BadRequest 6502b0d69646
+utilities.build_http_date 323d7932141e           utilities.find_double_newline 2feb10fa9a60
+wasyncore.close_all 6b588549e991                 wasyncore.dispatcher 4d74dc7e94b4
+wasyncore.poll2 f2ea2bd150ff                     wasyncore.readwrite 2467235cc3f4
+"""
 
 
 def test_waitress_is_still_what_the_server_relies_on():
@@ -4015,18 +3706,19 @@ def test_waitress_is_still_what_the_server_relies_on():
     assert set(pins) == {"bottle", "waitress", "pytest", "webtest"}
     assert metadata.version("waitress") == pins["waitress"]
     assert metadata.version("bottle") == pins["bottle"]
-    found = {}
-    for name in WAITRESS_INTERNALS:
+    words = WAITRESS_INTERNALS.split()
+    found = []
+    for name in words[::2]:
         source = inspect.getsource(pkgutil.resolve_name(f"waitress.{name}"))
-        found[name] = hashlib.sha256(source.encode()).hexdigest()[:12]
-    assert found == WAITRESS_INTERNALS, (
+        found += [name, hashlib.sha256(source.encode()).hexdigest()[:12]]
+    assert found == words, (
         "waitress has changed. Read what these parts do now, adapt the part `server` of shop.py, "
         "run the tests and put the new hashes here."
     )
 
 
-def run_curl(server, command):
-    """What `curl` would print, with http.client and the options that the README uses."""
+def parse_curl(command):
+    """What `curl` would send, with the options that README and page use."""
     words = iter(shlex.split(command)[1:])
     method = None
     headers = {}
@@ -4036,17 +3728,20 @@ def run_curl(server, command):
             case "-X":
                 method = next(words)
             case "-H":
-                name, _, value = next(words).partition(": ")
-                headers[name] = value
+                headers.update([next(words).split(": ", 1)])
             case "-d":
                 body = next(words)
                 headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
             case _:
-                path = word.removeprefix("localhost:8000")
-    if method is None:
-        method = "POST" if body else "GET"
+                path = re.sub("^(http://)?localhost:8000", "", word)
+    return method or ("POST" if body else "GET"), path, headers, body
+
+
+def run_curl(server, command):
+    """What `curl` would print."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     with contextlib.closing(connection):
+        method, path, headers, body = parse_curl(command)
         connection.request(method, path, body, headers)
         return connection.getresponse().read().decode()
 
@@ -4090,162 +3785,107 @@ def test_the_readme_names_every_path_status_and_setting(shop):
         assert re.search(rf"^#?{name}=", example, re.M)
 
 
-def test_openapi_names_every_route_and_refers_to_nothing_that_is_missing(shop):
+def test_openapi_describes_every_route(shop):
     document = shop("GET", "/openapi.json").json
     assert document["openapi"] == "3.1.0"
-    operations = {
-        (method.upper(), path): operation
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
-    }
-    assert set(operations) == {
+    assert {(method, path) for method, path, _ in operations_of_openapi()} == {
         (route.method, re.sub(r"<(\w+):id>", r"{\1}", route.rule))
         for route in shop_module.api.routes
     }
-    for reference in re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(document)):
-        target = document
-        for step in reference.split("/"):
-            target = target[step]
-    for (method, path), operation in operations.items():
+    for method, path, operation in operations_of_openapi(document):
         parameters = {(item["in"], item["name"]) for item in operation["parameters"]}
         assert (("header", "Idempotency-Key") in parameters) == (method == "POST")
         in_path = {name for place, name in parameters if place == "path"}
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
-        assert operation["summary"]
         assert "401" not in operation["responses"]
+
+
+def test_the_schemas_of_openapi_are_those_that_validate():
     for name, (own, _) in shop_module.SCHEMAS.items():
-        described = document["components"]["schemas"][name]
-        assert without_words(described) == without_words(standard(own)), name
+        assert without_words(openapi()["components"]["schemas"][name]) == without_words(own), name
 
 
-def standard(schema):
-    """A schema as /openapi.json has it: nested ones by reference, in JSON Schema's own keywords."""
-    kept = {key: schema[key] for key in schema if key not in OWN_KEYWORDS}
-    if "properties" in kept:
-        properties = kept["properties"].items()
-        kept["properties"] = {name: reference_to(field) for name, field in properties}
-    for keyword in "items", "additionalProperties", "propertyNames":
-        if kept.get(keyword):
-            kept[keyword] = reference_to(kept[keyword])
-    return kept
-
-
-OWN_KEYWORDS = {"decimals", "unique_by", "default", "message"}
-
-
-def reference_to(schema):
-    for name, (named, _) in shop_module.SCHEMAS.items():
-        if named is schema:
-            return {"$ref": f"#/components/schemas/{name}"}
-    return standard(schema)
+WORDS = {"description", "examples", "decimals", "unique_by", "default", "message"}
 
 
 def without_words(schema):
-    """The schema without its descriptions and examples."""
+    """The schema without what only people read, references replaced by what they refer to."""
     if not isinstance(schema, dict):
         return schema
     return {
         key: without_words(value)
-        for key, value in schema.items()
-        if not (key in ("description", "examples") and isinstance(value, (str, list)))
+        for key, value in resolve(schema).items()
+        if key not in WORDS or (value and isinstance(value, dict))  # or a field has this name
     }
 
 
-def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store(shop):
-    paths = shop("GET", "/openapi.json").json["paths"]
-    names = [
-        operation["operationId"]
-        for path, operations in paths.items()
-        if path.startswith(("/products/", "/orders/"))
-        for operation in operations.values()
-    ]
-    assert sorted(names) == [
-        "create_order",
-        "create_product",
-        "delete_product",
-        "get_order",
-        "get_product",
-        "list_movements",
-        "list_orders",
-        "list_products",
-        "update_order",
-        "update_product",
-        "update_stock",
-    ]
-    for name in names:
-        assert callable(getattr(db.Store, name))
+def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store():
+    for _, path, operation in operations_of_openapi():
+        if path.startswith(("/products/", "/orders/")):
+            assert callable(getattr(db.Store, operation["operationId"]))
 
 
 @pytest.mark.parametrize("tokens", [{}, {"order_token": "other"}])
 def test_openapi_requires_the_token_where_the_shop_does(make_shop, tokens):
     shop = make_shop(admin_token="secret", **tokens)
-    for path, operations in shop("GET", "/openapi.json").json["paths"].items():
-        for method, operation in operations.items():
-            refused = shop(method.upper(), with_ids(path)).status_int == 401
-            assert refused == bool(operation["security"])
-            assert refused == ("401" in operation["responses"])
-
-
-def references_in(part):
-    return set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(part)))
+    for method, path, operation in operations_of_openapi(shop("GET", "/openapi.json").json):
+        refused = shop(method, with_ids(path)).status_int == 401
+        assert refused == bool(operation["security"])
+        assert refused == ("401" in operation["responses"])
 
 
 def reachable(part):
-    """The names of every component that a part of /openapi.json leads to."""
+    """The kind and name of every component that a part of /openapi.json leads to."""
     found = set()
-    new = references_in(part)
-    while new - found:
+    parts = [part]
+    while parts:
+        new = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(parts))) - found
+        parts = [openapi()["components"][kind][name] for kind, name in new]
         found |= new
-        new = set().union(
-            *(references_in(openapi()["components"][kind][name]) for kind, name in found)
-        )
     return found
 
 
-def operations_of_openapi():
+def operations_of_openapi(document=None):
+    """Each operation with its method and path."""
     return [
-        operation for operations in openapi()["paths"].values() for operation in operations.values()
+        (method.upper(), path, operation)
+        for path, operations in (document or openapi())["paths"].items()
+        for method, operation in operations.items()
     ]
 
 
 def keywords_in(part):
     """Every key in a part of /openapi.json."""
-    if isinstance(part, list):
-        return set().union(*map(keywords_in, part))
-    if not isinstance(part, dict):
-        return set()
-    return set(part).union(*map(keywords_in, part.values()))
+    keys = set()
+    json.loads(json.dumps(part), object_hook=lambda fields: keys.update(fields) or fields)
+    return keys
 
 
-def test_every_schema_of_openapi_has_an_example_that_it_accepts(shop):
-    schemas = openapi()["components"]["schemas"]
-    for name, schema in schemas.items():
+def test_every_schema_of_openapi_has_examples_that_it_accepts():
+    for name, schema in openapi()["components"]["schemas"].items():
         assert schema["examples"], name
         for example in schema["examples"]:
             assert list(schema_errors(example, schema, closed=True)) == [], name
-            # It shows every field, but for those that exclude or just accompany others.
-            if "required" in schema:
-                assert set(schema["required"]) <= example.keys()
-    assert set(schemas) >= {"Product", "NewProduct", "Order", "NewOrder", "Problem"}
 
 
 def test_openapi_has_no_keyword_that_generators_and_validators_stumble_over():
-    names = {
-        name
-        for schema in openapi()["components"]["schemas"].values()
-        for name in schema.get("properties", ())
-    }
-    for keyword in keywords_in(openapi()) - names:
+    schemas = openapi()["components"]["schemas"].values()
+    fields = {name for schema in schemas for name in schema.get("properties", ())}
+    for keyword in keywords_in(openapi()) - fields:
         assert keyword not in ("multipleOf", "default", "decimals", "unique_by", "message")
         assert not keyword.lower().startswith("x-"), keyword
 
 
-def test_two_decimals_the_repeated_product_and_defaults_are_said_in_words():
+def test_two_decimals_unique_products_and_defaults_are_described_in_words():
     schemas = openapi()["components"]["schemas"]
+
+    def words(name, field):
+        return schemas[name]["properties"][field]["description"]
+
     for name in "Product", "NewProduct", "ProductUpdate", "OrderLine":
-        assert "two decimals" in schemas[name]["properties"]["price"]["description"]
-    assert "product_id" in schemas["NewOrder"]["properties"]["products"]["description"]
-    assert "once" in schemas["NewOrder"]["properties"]["products"]["description"]
+        assert "two decimals" in words(name, "price")
+    assert "product_id" in words("NewOrder", "products")
+    assert "once" in words("NewOrder", "products")
     for name, field, default in [
         ("NewProduct", "description", '""'),
         ("NewProduct", "stock", "0"),
@@ -4254,24 +3894,22 @@ def test_two_decimals_the_repeated_product_and_defaults_are_said_in_words():
         ("NewOrder", "reference", '""'),
         ("NewOrder", "metadata", "{}"),
     ]:
-        assert f"Default: {default}" in schemas[name]["properties"][field]["description"]
+        assert f"Default: {default}" in words(name, field)
         assert field not in schemas[name]["required"]
-    for path, parameter, default in [
-        ("/products/", "sort", "id"),
-        ("/orders/", "sort", "id"),
-        ("/orders/", "limit", "100"),
-    ]:
-        [description] = [
-            item["description"]
-            for item in openapi()["paths"][path]["get"]["parameters"]
-            if item["name"] == parameter
-        ]
-        assert re.search(rf'Default: "?{default}\b', description)
+    for path, defaults in (
+        ("/products/", {"sort": "id"}),
+        ("/orders/", {"sort": "id", "limit": "100"}),
+    ):
+        parameters = openapi()["paths"][path]["get"]["parameters"]
+        described = {item["name"]: item["description"] for item in parameters}
+        for name, default in defaults.items():
+            assert re.search(rf'Default: "?{default}\b', described[name])
 
 
 def test_only_the_schemas_of_requests_are_closed_to_new_fields():
-    requests = reachable([operation.get("requestBody") for operation in operations_of_openapi()])
-    responses = reachable([operation["responses"] for operation in operations_of_openapi()])
+    operations = [operation for _, _, operation in operations_of_openapi()]
+    requests = reachable([operation.get("requestBody") for operation in operations])
+    responses = reachable([operation["responses"] for operation in operations])
     assert not requests & responses
     for name, schema in openapi()["components"]["schemas"].items():
         if ("schemas", name) in requests:
@@ -4283,7 +3921,7 @@ def test_only_the_schemas_of_requests_are_closed_to_new_fields():
 def test_openapi_declares_a_condition_only_where_it_has_an_effect():
     if_match = {"update_product", "update_stock", "delete_product", "update_order"}
     if_none_match = {"list_products", "get_product", "list_movements", "list_orders", "get_order"}
-    for operation in operations_of_openapi():
+    for _, _, operation in operations_of_openapi():
         name = operation["operationId"]
         headers = {item["name"] for item in operation["parameters"] if item["in"] == "header"}
         assert ("If-Match" in headers) == (name in if_match), name
@@ -4303,67 +3941,43 @@ def test_openapi_declares_an_etag_where_a_success_has_one(make_shop, tmp_path):
         assert ("ETag" in response.headers) == ("ETag" in headers), name
 
 
-def test_every_parameter_of_openapi_has_a_description():
-    for operation in operations_of_openapi():
-        for item in operation["parameters"]:
-            assert item["description"].endswith("."), item["name"]
-            assert item["required"] == (item["in"] == "path")
-
-
-def test_every_component_of_openapi_is_used():
+def test_openapi_has_just_the_components_that_it_refers_to():
     components = openapi()["components"]
     defined = {(kind, name) for kind in ("schemas", "responses") for name in components[kind]}
     assert reachable(openapi()["paths"]) == defined
-    used = {
-        name
-        for operation in operations_of_openapi()
-        for item in operation["security"]
-        for name in item
-    }
-    assert used == set(components["securitySchemes"])
+    security = [item for *_, operation in operations_of_openapi() for item in operation["security"]]
+    assert set().union(*security) == set(components["securitySchemes"])
     assert not {"409", "422"} & set(components["responses"])
 
 
 def test_nested_schemas_are_references():
-    schemas = openapi()["components"]["schemas"]
-    for name, field, item in [
-        ("ProductList", "products", "Product"),
-        ("OrderList", "orders", "Order"),
-        ("Order", "products", "OrderLine"),
-        ("NewOrder", "products", "NewOrderLine"),
-        ("InsufficientStock", "shortages", "Shortage"),
-        ("ValidationFailed", "errors", "InvalidField"),
-    ]:
-        items = schemas[name]["properties"][field]["items"]
-        assert items == {"$ref": f"#/components/schemas/{item}"}
-    for operation in operations_of_openapi():
+    for schema in openapi()["components"]["schemas"].values():
+        for field in schema.get("properties", {}).values():
+            assert "properties" not in keywords_in(field)
+    for _, _, operation in operations_of_openapi():
         for response in operation["responses"].values():
             for media_type, content in resolve(response).get("content", {}).items():
                 if media_type != "text/html" and operation["operationId"] != "get_openapi":
                     assert content["schema"].keys() <= {"$ref", "oneOf"}
 
 
-def test_every_operation_has_a_tag_a_summary_a_description_and_a_name_of_its_own():
-    tags = {tag["name"] for tag in openapi()["tags"]}
-    operations = operations_of_openapi()
-    assert {operation["operationId"] for operation in operations} == set(ACCESS)
-    assert len(operations) == len(ACCESS)
+def test_every_operation_and_parameter_is_described_and_every_tag_used():
+    operations = [operation for _, _, operation in operations_of_openapi()]
+    assert sorted(operation["operationId"] for operation in operations) == sorted(ACCESS)
     for operation in operations:
-        [tag] = operation["tags"]
-        assert tag in tags
         assert operation["summary"].strip()
         assert operation["description"].strip()
-    assert {tag for operation in operations for tag in operation["tags"]} == tags
+        for item in operation["parameters"]:
+            assert item["description"].endswith("."), item["name"]
+            assert item["required"] == (item["in"] == "path")
+    used = {tag for operation in operations for [tag] in [operation["tags"]]}
+    assert used == {tag["name"] for tag in openapi()["tags"]}
 
 
-def problem_schemas(operation_id, status):
-    """The names of the schemas of a problem, and whether a client has to choose."""
-    [operation] = [
-        operation
-        for operation in operations_of_openapi()
-        if operation["operationId"] == operation_id
-    ]
-    response = operation["responses"].get(status)
+def problem_schemas(name, status):
+    """The names of the schemas of a problem of an operation."""
+    _, method, path, _ = ACCESS[name]
+    response = declared_operation(method, path)["responses"].get(status)
     if response is None:
         return []
     assert "$ref" not in response  # each operation says itself which types it has
@@ -4384,31 +3998,26 @@ def test_each_type_of_a_409_and_a_422_has_a_schema_of_its_own():
     for name, (_, method, *_) in ACCESS.items():
         kinds = ["ValidationFailed"] + ["IdempotencyKeyReused"] * (method == "POST")
         assert problem_schemas(name, "422") == kinds
-    for name, kind, status, required in [
-        ("InsufficientStock", "insufficient-stock", 409, {"shortages"}),
-        ("InvalidTransition", "invalid-transition", 409, set()),
-        ("DuplicateSku", "duplicate-sku", 409, {"product_id"}),
-        ("ValidationFailed", "validation", 422, {"errors"}),
-        ("IdempotencyKeyReused", "idempotency-key-reused", 422, set()),
+    for name, kind, members in [
+        ("InsufficientStock", "insufficient-stock", {"shortages"}),
+        ("InvalidTransition", "invalid-transition", set()),
+        ("DuplicateSku", "duplicate-sku", {"product_id"}),
+        ("ValidationFailed", "validation", {"errors"}),
+        ("IdempotencyKeyReused", "idempotency-key-reused", set()),
     ]:
         schema = openapi()["components"]["schemas"][name]
         assert schema["properties"]["type"]["const"] == f"urn:problem-type:{kind}"
-        assert schema["properties"]["status"]["const"] == status
-        assert set(schema["required"]) == {"type", "title", "status", "detail"} | required
+        assert set(schema["required"]) == {"type", "title", "status", "detail"} | members
 
 
-def test_the_schemas_of_openapi_refuse_what_the_shop_refuses_and_accept_what_it_accepts(shop, mug):
+def test_the_schemas_of_openapi_accept_and_reject_what_the_shop_does(shop, mug):
     schemas = openapi()["components"]["schemas"]
     for field, values in INVALID_FIELDS.items():
         for value in values:
-            in_words = value == 9.999 or (
-                isinstance(value, str) and re.search("[\ud800-\udfff]", value)
-            )
-            for body, name in [
-                ({"name": "x", "price": 1, field: value}, "NewProduct"),
-                ({field: value}, "ProductUpdate"),
-            ]:
-                assert bool(in_words) != any(schema_errors(body, schemas[name])), body
+            in_words = value in (9.999, "\ud800", "x\udfff")
+            new = {"name": "x", "price": 1, field: value}
+            assert in_words != any(schema_errors(new, schemas["NewProduct"])), new
+            assert in_words != any(schema_errors({field: value}, schemas["ProductUpdate"])), new
     for body, _ in INVALID_ORDERS:
         repeats = body == order_of((1, 1), (1, 1))
         assert repeats != any(schema_errors(body, schemas["NewOrder"])), body
@@ -4475,16 +4084,24 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
     example = (HERE / ".env.example").read_text()
     web, _, replica = compose.partition("\n  replica:\n")
     assert re.search(r"^FROM python:3\.14-slim$", dockerfile, re.M)
-    assert "USER 10001:10001" in dockerfile
-    assert 'user: "10001:10001"' in replica
-    assert "user 10001" in readme
-    assert "VOLUME /data" in dockerfile
-    assert "- data:/data" in web
-    assert "- data:/data" in replica
-    assert "EXPOSE 8000" in dockerfile
-    assert 'ports: ["${PUBLISH:-8000}:8000"]' in web
-    assert "PUBLISH=127.0.0.1:8000" in readme
-    assert "encode gzip" in readme
+    assert re.search(r"image: litestream/litestream:0\.5\.\d+$", replica, re.M)
+    container = ["read_only: true", "cap_drop: [ALL]", '"no-new-privileges:true"', "- data:/data"]
+    container += ["tmpfs: [/tmp]", "restart: unless-stopped"]
+    for text, parts in [
+        (
+            dockerfile,
+            ["USER 10001:10001", "VOLUME /data", "EXPOSE 8000", "HEALTHCHECK", "/healthz"],
+        ),
+        (dockerfile, ['CMD ["python", "shop.py"]']),
+        (web, ['ports: ["${PUBLISH:-8000}:8000"]', "/healthz", *container]),
+        (replica, ['user: "10001:10001"', "profiles: [replica]", *container]),
+        (readme, ["user 10001", "PUBLISH=127.0.0.1:8000", "encode gzip", "shop_data"]),
+        (readme, ["docker compose --profile replica up -d"]),
+        (compose, ["name: shop"]),
+    ]:
+        for part in parts:
+            assert part in text
+    assert "profiles" not in web
     for name, value in [
         ("DATABASE_URL", "sqlite:////data/db.sqlite3"),
         ("HOST", "0.0.0.0"),
@@ -4494,25 +4111,6 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
         assert re.search(rf'^ +{name}: "?{re.escape(value)}"?$', web, re.M)
         # Only in the container is there a folder /data.
         assert shop_module.read_settings({name: value.replace("/data", str(tmp_path))})
-    assert 'CMD ["python", "shop.py"]' in dockerfile
-    assert "HEALTHCHECK" in dockerfile
-    assert "/healthz" in dockerfile
-    assert "/healthz" in web
-    for line in [
-        "read_only: true",
-        "cap_drop: [ALL]",
-        '"no-new-privileges:true"',
-        "tmpfs: [/tmp]",
-        "restart: unless-stopped",
-    ]:
-        assert line in web
-        assert line in replica
-    assert "profiles: [replica]" in replica
-    assert "profiles" not in web
-    assert "docker compose --profile replica up -d" in readme
-    assert re.search(r"image: litestream/litestream:0\.5\.\d+$", replica, re.M)
-    assert "name: shop" in compose
-    assert "shop_data" in readme
     for name in set(re.findall(r"\$\{(\w+)", compose)):
         assert f"{name}=" in readme, name
         assert f"#{name}=" in example, name
@@ -5018,101 +4616,6 @@ def test_a_search_finds_a_product_as_it_is_now(shop, mug):
 
 # ------------------------------------------------------------------------------------- strict HTTP
 
-TRAILER = CHUNKED + b"19\r\n" + BODY + b"\r\n0\r\n"
-
-STRICT_REQUESTS = [
-    # chunks and trailers: as waitress reads them, but never as two requests
-    (CHUNKED + b"5\n\r\nhello\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"5;a\n\r\nhello\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"5;a\r\rhello\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"\r\n19\r\n" + BODY + b"\r\n0\r\n\r\n", 201),
-    (CHUNKED + b"a\r\n" + BODY[:10] + b"\r\n\r\nf\r\n" + BODY[10:] + b"\r\n0\r\n\r\n", 201),
-    (CHUNKED + b"a\r\n" + BODY[:10] + b"f\r\n" + BODY[10:] + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"19\r\n" + BODY + b"\n0\r\n\r\n", 400),
-    (CHUNKED + b"19\r\n" + BODY + b"xx0\r\n\r\n", 400),
-    (CHUNKED + b"19 \r\n" + BODY + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b" 19\r\n" + BODY + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"0x19\r\n" + BODY + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"+19\r\n" + BODY + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"1_9\r\n" + BODY + b"\r\n0\r\n\r\n", 400),
-    (CHUNKED + b"-1\r\n", 400),
-    (CHUNKED + b";a=b\r\n", 400),
-    (CHUNKED + b"19;" + b"a" * 300 + b"\r\n" + BODY + b"\r\n0\r\n\r\n", 201),
-    (TRAILER + b"\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 201),
-    (TRAILER + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 201),
-    (TRAILER + b"A: b\nC: d\r\n\r\n", 201),
-    (TRAILER + b" A: b\r\n\r\n", 201),
-    (TRAILER + b"A : b\r\n\r\n", 201),
-    (TRAILER + b"A: \0\r\n\r\n", 201),
-    (TRAILER + b"A: " + b"b" * 17_000 + b"\r\n\r\n", 201),
-    (TRAILER + b"A: b\r\nC: d\r\n\r\n", 201),
-    # Host
-    (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: user@x\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x:abc\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x y\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x, y\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: \xe9\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.0\r\nHost: a/b\r\n\r\n", 400),
-    (b"GET http://x/healthz HTTP/1.1\r\n\r\n", 400),
-    (b"GET http://user@x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
-    (b"GET /healthz HTTP/1.1\r\nHost: example.org:8000\r\n\r\n", 200),
-    (b"GET /healthz HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 200),
-    # the target and the rest of the request line
-    (b"GET /pro\tducts/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /pro\0ducts/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /pro\x1fducts/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /pro\x7fducts/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /pro\rducts/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /products/ /x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /products/?q=\t HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET  /products/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET\t/products/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET products/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    # blanks and line ends
-    (b" GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"\tGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"\r\n\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"\rGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\nHost: x\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\nA: b\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n", 400),
-    (b"GET /healthz HTTP/1.1\r\nHost: x\r\n: b\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\n\tx\r\n\r\n0\r\n\r\n", 400),
-    (HEAD + b"Content-Length: 25, 25\r\n\r\n" + BODY, 400),
-]
-
-
-def send_in_pieces(server, request):
-    """Send the request a byte a packet, as far as the server takes it, and return the responses."""
-    with server.connect() as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(ConnectionError):
-            for byte in request:
-                connection.send(bytes([byte]))
-            connection.shutdown(socket.SHUT_WR)
-        return read_responses(connection)
-
-
-def test_http_is_read_strictly_however_it_is_split_into_packets(server):
-    for request, status in STRICT_REQUESTS:
-        for send in server.send, functools.partial(send_in_pieces, server):
-            responses = send(request)
-            assert [response.status for response in responses] == [status], (request, responses)
-            if status >= 400:
-                assert responses[0].json["status"] == status
-            if status >= 400 and not request.startswith(CHUNKED):
-                assert responses[0].headers["connection"] == "close"
-
 
 def parse(request, *cuts):
     """What the parser makes of the requests in some bytes that are cut there into packets."""
@@ -5133,9 +4636,8 @@ def parse(request, *cuts):
     return results
 
 
-PIPELINE = POST + GET_HEALTH + TRAILER + b"A: b\r\n\r\n\r\n" + GET_PRODUCTS
 PARSED_REQUESTS = [
-    *(request for request, _ in RAW_REQUESTS + STRICT_REQUESTS if len(request) < 600),
+    *(request for request, _ in RAW_REQUESTS if len(request) < 600),
     TRAILER + b"\r\n" + GET_HEALTH,
     b"\r\n" * 8 + GET_HEALTH,
     b"GET / HTTP/1.1\r\nA: b\rc",
@@ -5152,24 +4654,12 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut():
             assert parse(request, cut) == whole, (request, cut)
 
 
-def test_requests_of_one_connection_are_read_one_after_the_other():
-    assert parse(PIPELINE) == [
-        ("POST", "/products/", BODY),
-        ("GET", "/healthz", b""),
-        ("POST", "/products/", BODY),
-        ("GET", "/products/", b""),
-    ]
-
-
-def with_method_head(request):
-    return re.sub(rb"^(POST|GET|get)\b", b"HEAD", request)
-
-
-def test_the_refusal_of_a_head_has_no_body(server):
-    refused = {*RAW_REQUESTS, *STRICT_REQUESTS}
-    refused = {with_method_head(request) for request, status in refused if status >= 400}
+def test_a_rejected_head_gets_no_body(server):
+    rejected = {request for request, status in RAW_REQUESTS if status >= 400}
     statuses = set()
-    for request in sorted(request for request in refused if request.startswith(b"HEAD ")):
+    for request in sorted(re.sub(rb"^(POST|GET|get) ", b"HEAD ", request) for request in rejected):
+        if not request.startswith(b"HEAD "):
+            continue
         with server.connect() as connection:
             connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
@@ -5191,23 +4681,15 @@ def test_a_compressed_body_is_a_415_that_names_its_coding(shop, coding):
     assert shop("POST", "/products/", {"name": "x", "price": 1}, plain).json["id"] == 1
 
 
-def test_only_health_may_not_be_stored_and_whatever_may_change_is_asked_for_again(shop, mug):
+def test_only_health_may_not_be_stored_and_all_else_is_revalidated(shop, mug):
     shop.order((1, 1))
-    for path, expected in [
-        ("/healthz", "no-store"),
-        ("/", "no-cache"),
-        ("/openapi.json", "no-cache"),
-        ("/products/", "no-cache"),
-        ("/products/1/", "no-cache"),
-        ("/orders/", "no-cache"),
-        ("/orders/1/", "no-cache"),
-        ("/products/7/", "no-cache"),
-        ("/nowhere", "no-cache"),
-    ]:
-        assert shop("GET", path).headers["Cache-Control"] == expected
+    assert shop("GET", "/healthz").headers["Cache-Control"] == "no-store"
+    paths = "/ /openapi.json /products/ /products/1/ /orders/ /orders/1/ /products/7/ /nowhere"
+    for path in paths.split():
+        assert shop("GET", path).headers["Cache-Control"] == "no-cache"
 
 
-def test_a_body_whose_end_is_not_told_is_a_411_and_an_empty_one_is_named(shop):
+def test_a_body_of_unknown_length_is_a_411_and_an_empty_one_a_400(shop):
     def post(**environ):
         request = webtest.TestRequest.blank("/products/", method="POST", body=BODY, headers=JSON)
         del request.environ["CONTENT_LENGTH"]
@@ -5229,28 +4711,11 @@ def test_a_body_whose_end_is_not_told_is_a_411_and_an_empty_one_is_named(shop):
     assert shop("POST", "/products/", b"").json == answer[1]
 
 
-def test_a_route_without_a_length_ends_under_a_server_with_threads(tmp_path):
-    (tmp_path / "program.py").write_text(
-        "import shop\n"
-        "def make():\n"
-        "    app = shop.create_app()\n"
-        "    app.bottle.get('/stream')(lambda: iter(['a', 'b', 'c']))\n"
-        "    return app\n"
-    )
-    server = Server(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "program:make"],
-        cwd=tmp_path,
-        env=server.environment() | {"PYTHONPATH": f"{HERE}:{tmp_path}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    server.port = int(re.search(r":(\d+)$", process.stderr.readline())[1])
-    response = server("GET", "/stream")
-    process.terminate()
-    process.communicate()
-    assert response.status == 200
+def test_a_route_of_an_embedding_program_may_stream(shop):
+    shop.app.app.bottle.get("/stream")(lambda: iter(["a", "b", "c"]))
+    response = shop.app.get("/stream")
     assert response.body == b"abc"
+    assert "Connection" not in response.headers
 
 
 # ---------------------------------------------------------------------------------- preconditions
@@ -5346,7 +4811,7 @@ FLOODS = [
 ]
 
 
-def test_a_flood_is_refused_at_little_cost(server):
+def test_a_flood_is_rejected_at_little_cost(server):
     for flood, status in FLOODS:
         before = cpu_seconds(server)
         for _ in range(3):
@@ -5358,9 +4823,8 @@ def test_a_flood_is_refused_at_little_cost(server):
 
 
 def test_a_query_with_too_many_parameters_names_the_first_that_is_too_many(shop):
-    errors = errors_of(
-        shop("GET", "/products/?limit=1&" + "&".join(f"a{n}=1" for n in range(2000)))
-    )
+    query = "&".join(f"a{n}=1" for n in range(2000))
+    errors = errors_of(shop("GET", f"/products/?limit=1&{query}"))
     assert len(errors) < 25
     assert "one too many" in errors["a19"]
 
@@ -5377,14 +4841,12 @@ def time_health(server, times):
 
 # Attackers, in a process of their own: else they would take the interpreter from the clock.
 ATTACK = """
-import socket, sys, threading
-port, *floods = sys.argv[1:]
-floods = [open(flood, "rb").read() for flood in floods]
+import socket, threading
 
 def attack(n):
     while True:
         try:
-            with socket.create_connection(("127.0.0.1", int(port)), 10) as connection:
+            with socket.create_connection(("127.0.0.1", port), 10) as connection:
                 connection.sendall(floods[n % len(floods)])
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
@@ -5400,19 +4862,15 @@ print("attacking", flush=True)
 
 @contextlib.contextmanager
 def attackers(server, floods):
-    files = []
-    for number, flood in enumerate(floods):
-        files.append(server.folder / f"flood{number}")
-        files[-1].write_bytes(flood)
-    process = subprocess.Popen(
-        [sys.executable, "-c", ATTACK, str(server.port), *files], stdout=subprocess.PIPE
-    )
-    try:
-        assert process.stdout.readline() == b"attacking\n"
-        yield
-    finally:
-        process.kill()
-        process.communicate()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-"], **pipes) as process:
+        try:
+            process.stdin.write(f"port, floods = {server.port, floods}\n{ATTACK}".encode())
+            process.stdin.close()
+            assert process.stdout.readline() == b"attacking\n"
+            yield
+        finally:
+            process.kill()
 
 
 def test_eight_attackers_do_not_hold_up_the_others(server):
@@ -5433,8 +4891,8 @@ def test_reads_of_a_large_catalogue_do_not_hold_up_the_others(server, database):
     assert seconds[-1] < 1
 
 
-def test_equal_reads_of_a_large_catalogue_get_equal_responses(tmp_path, database):
-    server = Server(tmp_path, DEBUG="true").start()
+def test_equal_reads_of_a_large_catalogue_get_equal_responses(start_server, database):
+    server = start_server(DEBUG="true")
     fill(database, 20_000, 100)
     reads = server.stderr().count("group_concat")
     connections = [server.connect() for _ in range(3)]
@@ -5446,15 +4904,14 @@ def test_equal_reads_of_a_large_catalogue_get_equal_responses(tmp_path, database
     assert len(json.loads(bodies[0])["products"]) == 20_000
     assert bodies[0] == bodies[1] == bodies[2]
     assert server.stderr().count("group_concat") == reads + 1
-    assert server.end()[0] == 0
 
 
 @pytest.mark.parametrize("read_only", ["false", "true"])
 def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
-    server, tmp_path, database, read_only
+    server, start_server, tmp_path, database, read_only
 ):
     fill(database, 20_000, 100)
-    reader = Server(tmp_path, READ_ONLY=read_only).start()
+    reader = start_server(READ_ONLY=read_only)
     for price in range(2, 5):
         with reader.connect() as early, reader.connect() as late:
             os.utime(tmp_path / "db.sqlite3-wal")  # as if it had just changed
@@ -5464,61 +4921,36 @@ def test_a_read_sent_after_a_write_never_shares_one_that_began_before(
             late.sendall(closing(GET_PRODUCTS))
             assert read_responses(late)[0].json["products"][0]["price"] == price
             assert len(read_responses(early)[0].json["products"]) == 20_000
-    reader.assert_ends_well()
 
 
-# A server in which a list of products takes a while, as in a catalogue of millions.
+# A list of products waits for a file "go", as one of millions would take a while.
 SLOW_LISTS = """
-import time, db, shop
-
 def list_slowly(store, list_products=db.Store.list_products_json, **query):
-    time.sleep(0.5)
+    end = time.monotonic() + 5
+    while not os.path.exists("go") and time.monotonic() < end:
+        time.sleep(0.01)
     return list_products(store, **query)
 
 db.Store.list_products_json = list_slowly
-raise SystemExit(shop.main([]))
 """
 
 
-def test_a_long_read_does_not_hold_up_the_others(tmp_path):
-    server = Server(tmp_path).start(SLOW_LISTS)
+def test_a_long_read_does_not_hold_up_the_others(start_server, tmp_path):
+    server = start_server(SLOW_LISTS)
     with server.connect() as connection:
         connection.sendall(closing(GET_PRODUCTS))
-        assert time_health(server, 20)[-1] < 0.4
+        assert server("GET", "/healthz").status == 200
         assert server.product().status == 201
         assert server("GET", "/products/1/").status == 200
         assert not select.select([connection], [], [], 0)[0]  # it is not answered yet
+        (tmp_path / "go").touch()
         assert b" 200 OK" in read_to_end(connection)
-    server.assert_ends_well()
 
 
 def resident_memory(server):
     """Bytes of memory that the server's process holds."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
-
-
-@pytest.mark.parametrize("is_reset", [False, True])
-def test_half_a_request_is_freed_with_its_connection(tmp_path, is_reset):
-    server = Server(tmp_path).start(
-        "import gc, shop\ngc.disable()\nraise SystemExit(shop.main([]))\n"
-    )
-    half = HEAD + b"Content-Length: 131072\r\n\r\n" + b"x" * 100_000
-    server("GET", "/healthz")
-    before = resident_memory(server)
-    for _ in range(8):
-        connections = [server.connect() for _ in range(60)]
-        for connection in connections:
-            connection.sendall(half)
-        for _ in range(len(half) // shop_module.RECV_BYTES + 2):
-            server("GET", "/healthz")  # in each turn the server reads a piece of every one
-        for connection in connections:
-            if is_reset:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
-    server("GET", "/healthz")
-    assert resident_memory(server) - before < 30 << 20  # 48 MB have been sent
-    server.assert_ends_well()
 
 
 def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, database):
@@ -5535,8 +4967,8 @@ def test_a_long_read_beside_a_batch_that_is_lost_is_answered_once(tmp_path, data
     assert server.end()[0] == 0
 
 
-def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
-    server = Server(tmp_path).start(SLOW_LISTS)
+def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server, tmp_path):
+    server = start_server(SLOW_LISTS)
     server.product()
     with server.connect() as patient:
         for _ in range(3):
@@ -5544,10 +4976,10 @@ def test_a_client_that_vanishes_during_a_long_read_does_no_harm(tmp_path):
                 connection.sendall(GET_PRODUCTS)
                 assert server("GET", "/healthz").status == 200
         patient.sendall(closing(GET_PRODUCTS))
+        (tmp_path / "go").touch()
         assert b'"next":null}' in read_to_end(patient)
     assert server.product().status == 201
     assert len(server("GET", "/products/").json["products"]) == 2
-    server.assert_ends_well()
 
 
 def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, database):
@@ -5566,18 +4998,13 @@ def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, 
     assert server.process.wait(5) == 0
 
 
-def test_no_new_connection_is_closed_for_one_that_had_its_descriptor(server):
-    for _ in range(500):
-        assert server("GET", "/healthz").status == 200
-
-
 # ------------------------------------------------------------------------------------------- cache
 
 
-def test_a_read_after_a_write_shows_it_over_two_processes(server, tmp_path):
-    servers = [server, Server(tmp_path).start()]
+def test_a_read_after_a_write_shows_it_over_two_processes(start_server):
+    servers = [start_server(), start_server()]
     for _ in range(4):
-        server.product()
+        servers[0].product()
 
     def write_and_read(n):
         path = f"/products/{n + 1}/"
@@ -5593,11 +5020,10 @@ def test_a_read_after_a_write_shows_it_over_two_processes(server, tmp_path):
         return True
 
     assert at_once(4, write_and_read) == [True] * 4
-    servers[1].assert_ends_well()
 
 
-def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(tmp_path):
-    server = Server(tmp_path, DEBUG="true").start()
+def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(start_server):
+    server = start_server(DEBUG="true")
     server.product(stock=9)
     server.order()
 
@@ -5625,11 +5051,10 @@ def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(tmp_
             response, statements = get(path)
             assert response.status == status
             assert any(statement.startswith("SELECT") for statement in statements)
-    assert server.end()[0] == 0
 
 
-def test_a_cached_response_is_only_for_requests_with_the_same_headers(tmp_path):
-    server = Server(tmp_path, ADMIN_TOKEN="secret").start()
+def test_a_cached_response_is_only_for_requests_with_the_same_headers(start_server):
+    server = start_server(ADMIN_TOKEN="secret")
     server("POST", "/products/", {"name": "x", "price": 1, "stock": 9}, **bearer("secret"))
     server.order()
     etag = server("GET", "/orders/", **bearer("secret")).headers["ETag"]
@@ -5647,11 +5072,9 @@ def test_a_cached_response_is_only_for_requests_with_the_same_headers(tmp_path):
             assert bool(response.body) == (status != 304)
         assert len(server("GET", "/products/?limit=1").json["products"]) == 1
         assert server("GET", "/products/?after=1").json["products"] == []
-    server.assert_ends_well()
 
 
-def test_the_cache_takes_no_more_memory_than_it_may(tmp_path, database):
-    server = Server(tmp_path, ACCESS_LOG="false").start()
+def test_the_cache_takes_no_more_memory_than_it_may(server, database):
     fill(database, 100)  # a megabyte
     before = resident_memory(server)
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -5659,51 +5082,25 @@ def test_the_cache_takes_no_more_memory_than_it_may(tmp_path, database):
         connection.request("GET", f"/products/?limit={900 + number}")
         assert len(connection.getresponse().read()) > 1_000_000
     assert resident_memory(server) - before < 80 << 20
-    server.assert_ends_well()
 
 
-def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(tmp_path):
-    server = Server(tmp_path).start(
-        "import resource, shop\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, -1))\n"
-        "raise SystemExit(shop.main([]))\n"
-    )
-    created = 0
-    while server.product(description="y" * 10_000).status == 201:
-        created += 1
-    assert created > 10
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, -1))
+def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(server):
+    created, _ = fill_disk(server)
+    set_file_size(server, 1)
     write = post_of(json.dumps({"name": "x", "description": "y" * 10_000, "price": 1}).encode())
-    get = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
+    get_missing = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
     for _ in range(10):
         with server.connect() as writer, server.connect() as reader:
             writer.sendall(closing(write))
-            reader.sendall(GET_PRODUCTS + closing(get))
+            reader.sendall(GET_PRODUCTS + closing(get_missing))
             listed, missing = read_responses(reader)
             assert [response.status for response in read_responses(writer)] == [503]
             assert len(listed.json["products"]) == created
             assert missing.status == 404
     assert len(server("GET", "/products/").json["products"]) == created
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    set_file_size(server, -1)
     assert server.product().json["id"] == created + 1
     assert len(server("GET", "/products/").json["products"]) == created + 1
-    server.assert_ends_well()
-
-
-def test_a_read_only_server_answers_repeated_lists_and_shows_each_change(server, tmp_path):
-    copy = Server(tmp_path, READ_ONLY="true").start()
-    for count in 1, 2, 3:
-        server.product(stock=9)
-        server.order()
-        for seconds_ago in 0, 10:  # a file that has not changed for a while is cached
-            for name in "db.sqlite3", "db.sqlite3-wal":
-                changed_at = time.time() - seconds_ago
-                os.utime(tmp_path / name, (changed_at, changed_at))
-            for _ in range(3):
-                assert len(copy("GET", "/products/").json["products"]) == count
-                assert len(copy("GET", "/orders/").json["orders"]) == count
-                assert copy("GET", f"/orders/{count}/").status == 200
-    copy.assert_ends_well()
 
 
 # ------------------------------------------------------- a disk, a clock and files that misbehave
@@ -6820,7 +6217,9 @@ def test_every_change_of_a_stock_is_a_movement_that_says_what_was_left(shop, mug
     assert sale["created_at"] == shop("GET", "/orders/1/").json["created_at"]
 
 
-def test_what_does_not_change_the_stock_is_no_movement(shop, mug, database):
+def test_only_a_change_of_the_stock_is_a_movement(shop, mug, database):
+    shop.product(stock=1)
+    shop.product()
     before = steps_of(shop)
     shop("PATCH", "/products/1/", {"stock": 5})
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
@@ -6829,17 +6228,12 @@ def test_what_does_not_change_the_stock_is_no_movement(shop, mug, database):
     shop("POST", "/products/1/stock/", {"change": -6})
     shop("POST", "/products/1/stock/", {"change": 10**9})
     shop("POST", "/products/1/stock/", {"change": 1, "note": 1})
-    shop.order((1, 6))
+    for last in (1, 6), (2, 2), (7, 1):  # the order fails at its last line
+        assert shop.order((3, 2), last).status_int in (409, 422)
     assert steps_of(shop) == before == [(5, 5, None, "")]
-    assert db.check_integrity(database) == []
-
-
-def test_an_order_that_fails_at_its_last_line_leaves_no_movement(shop, mug):
-    shop.product(stock=1)
-    for last in (2, 2), (7, 1):
-        assert shop.order((1, 2), last).status_int in (409, 422)
-    assert steps_of(shop, 1) == [(5, 5, None, "")]
     assert steps_of(shop, 2) == [(1, 1, None, "")]
+    assert steps_of(shop, 3) == [(5, 5, None, "")]
+    assert db.check_integrity(database) == []
 
 
 def test_a_cancel_that_the_maximum_cuts_short_counts_what_was_put_back(shop, database):
@@ -6858,7 +6252,7 @@ def test_the_movements_of_a_deleted_product_go_with_it_and_no_others(shop, mug, 
     shop.product()
     shop.order((1, 1), (2, 1))
     shop("DELETE", "/products/1/")
-    shop("PATCH", "/orders/1/", {"status": "cancelled"})
+    assert shop("PATCH", "/orders/1/", {"status": "cancelled"}).status_int == 200
     assert shop("GET", "/products/1/stock/").status_int == 404
     assert steps_of(shop, 2) == [(5, 5, None, ""), (-1, 4, 1, ""), (1, 5, 1, "")]
     with connect(database) as connection:
@@ -6873,31 +6267,30 @@ def test_movements_are_paged_in_both_directions_by_next_and_link(shop, mug):
             shop.order((1, 1))
         else:
             shop("POST", "/products/1/stock/", {"change": number})
+
+    def ids(movements):
+        return [movement["id"] for movement in movements]
+
     for sort, expected in ("id", [1, 2, 3, 4, 5, 6, 7]), ("-id", [7, 6, 5, 4, 3, 2, 1]):
-        pages = []
         path = f"/products/1/stock/?sort={sort}&limit=3"
-        while path:
-            page = shop("GET", path)
-            pages.append([movement["id"] for movement in page.json["movements"]])
-            path = page.json["next"]
-            assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
-        assert pages == [expected[:3], expected[3:6], expected[6:]]
-
-    def ids_of(query):
-        return [movement["id"] for movement in movements_of(shop, 1, query)]
-
-    assert ids_of("?after=0") == ids_of("") == [1, 2, 3, 4, 5, 6, 7]
-    assert ids_of("?after=5") == [6, 7]
-    assert ids_of("?after=5&sort=-id") == [4, 3, 2, 1]
-    assert ids_of("?after=99") == []
-    assert ids_of("?after=99&sort=-id&limit=2") == [7, 6]
+        assert ids(shop("GET", path).json["movements"]) == expected[:3]
+        assert ids(walk_pages(shop, path, "movements")) == expected
+    for query, expected in [
+        ("", [1, 2, 3, 4, 5, 6, 7]),
+        ("?after=0", [1, 2, 3, 4, 5, 6, 7]),
+        ("?after=5", [6, 7]),
+        ("?after=5&sort=-id", [4, 3, 2, 1]),
+        ("?after=99", []),
+        ("?after=99&sort=-id&limit=2", [7, 6]),
+    ]:
+        assert ids(movements_of(shop, 1, query)) == expected
     assert shop("GET", "/products/1/stock/?limit=7").json["next"] is None
     for query in "limit=1001", "limit=0", "sort=change", "after=-1", "q=x":
         errors = errors_of(shop("GET", f"/products/1/stock/?{query}"))
         assert list(errors) == [query.partition("=")[0]]
 
 
-def test_a_page_of_movements_has_a_hundred_unless_told(shop, mug):
+def test_a_page_of_movements_has_a_hundred_by_default(shop, mug):
     for _ in range(100):
         shop("POST", "/products/1/stock/", {"change": 1})
     page = shop("GET", "/products/1/stock/").json
@@ -6920,41 +6313,6 @@ def test_a_page_of_movements_is_read_in_the_order_of_its_indexes(shop, mug, data
     # Nothing is sorted: else a page of a product that sells well would read all its sales.
     assert "SCAN" not in text
     assert "TEMP B-TREE" not in text
-
-
-def test_movements_need_the_token_that_products_do_not(make_shop):
-    shop = make_shop(admin_token="t")
-    shop("POST", "/products/", {"name": "x", "price": 1, "stock": 2}, bearer("t"))
-    assert shop("GET", "/products/1/").status_int == 200
-    for headers in {}, bearer("wrong"):
-        refused = shop("GET", "/products/1/stock/", None, headers)
-        assert refused.status_int == 401
-        assert refused.headers["WWW-Authenticate"].startswith("Bearer")
-    allowed = shop("GET", "/products/1/stock/", None, bearer("t"))
-    assert [movement["change"] for movement in allowed.json["movements"]] == [2]
-
-
-def test_movements_are_answered_304_until_the_next_one(shop, mug):
-    path = "/products/1/stock/"
-    for change in [
-        lambda: shop.order((1, 1)),
-        lambda: shop("PATCH", "/orders/1/", {"status": "cancelled"}),
-        lambda: shop("POST", path, {"change": 1}),
-    ]:
-        if_none_match = {"If-None-Match": shop("GET", path).headers["ETag"]}
-        assert shop("GET", path, None, if_none_match).status_int == 304
-        change()
-        assert shop("GET", path, None, if_none_match).status_int == 200
-
-
-def test_a_repeat_with_a_key_writes_no_second_movement(shop, mug):
-    key = {"Idempotency-Key": "k"}
-    for _ in range(3):
-        shop("POST", "/products/1/stock/", {"change": 2, "note": "found"}, key)
-        shop.order((1, 1), **{"Idempotency-Key": "order"})
-    again = shop("POST", "/products/1/stock/", {"change": 2, "note": "lost"}, key)
-    assert again.json["type"] == "urn:problem-type:idempotency-key-reused"
-    assert steps_of(shop) == [(5, 5, None, ""), (2, 7, None, "found"), (-1, 6, 1, "")]
 
 
 def test_a_note_is_text_of_up_to_200_characters(shop, mug):
@@ -7043,13 +6401,13 @@ def statuses_in(database):
         return [status for (status,) in connection.execute("SELECT status FROM orders ORDER BY id")]
 
 
-def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(tmp_path, database):
+def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(start_server, database):
     place_orders(database, 4)
     backdate(database, 61, "id IN (1, 2)")
     backdate(database, 58, "id = 3")
     with connect(database) as connection:
         connection.execute("UPDATE orders SET status = 'completed' WHERE id = 2")
-    server = Server(tmp_path, ORDER_TIMEOUT="60").start()
+    server = start_server(ORDER_TIMEOUT="60")
     wait_for(lambda: server("GET", "/orders/1/").json["status"] == "cancelled")
     statuses = [order["status"] for order in server("GET", "/orders/").json["orders"]]
     assert statuses == ["cancelled", "completed", "pending", "pending"]
@@ -7060,23 +6418,21 @@ def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(tmp_path, database
     assert refused.json["type"] == "urn:problem-type:invalid-transition"
     backdate(database, 61, "id = 3")  # while the shop runs
     wait_for(lambda: server("GET", "/orders/3/").json["status"] == "cancelled")
-    server.assert_ends_well()
     assert db.check_integrity(database) == []
 
 
-def test_an_order_may_expire_within_seconds(tmp_path, database):
-    server = Server(tmp_path, ORDER_TIMEOUT="0.001").start()
+def test_an_order_may_expire_within_seconds(start_server):
+    server = start_server(ORDER_TIMEOUT="0.001")
     server.product(stock=3)
     server.order(quantity=2)
     wait_for(lambda: server("GET", "/products/1/").json["stock"] == 3)
     assert server("GET", "/orders/1/").json["status"] == "cancelled"
-    server.assert_ends_well()
 
 
-def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(tmp_path, database):
+def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(start_server, database):
     place_orders(database, 500, 20)
     backdate(database, 2)
-    server = Server(tmp_path, ORDER_TIMEOUT="1").start()
+    server = start_server(ORDER_TIMEOUT="1")
     seconds = []
     while "pending" in statuses_in(database):
         seconds += time_health(server, 1)
@@ -7084,7 +6440,6 @@ def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(tmp_p
     assert len(seconds) > 5
     assert max(seconds) < 0.5
     assert server("GET", "/products/20/").json["stock"] == 10_000
-    server.assert_ends_well()
     assert db.check_integrity(database) == []
 
 
@@ -7115,9 +6470,7 @@ NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 9999999999"
 
 @pytest.mark.parametrize("value", NO_MINUTES.split())
 @pytest.mark.parametrize("arguments, status", [([], 2), (["expire"], 1)])
-def test_a_timeout_that_is_no_number_of_minutes_is_refused(
-    tmp_path, monkeypatch, capsys, value, arguments, status
-):
+def test_a_timeout_is_a_number_of_minutes(tmp_path, monkeypatch, capsys, value, arguments, status):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ORDER_TIMEOUT", value)
     assert shop_module.main(arguments) == status
@@ -7132,16 +6485,15 @@ def test_a_timeout_of_centuries_cancels_nothing(tmp_path, database):
         assert statuses_in(database) == ["pending"], minutes
 
 
-def test_a_read_only_shop_expires_no_order(tmp_path, database):
+def test_a_read_only_shop_expires_no_order(start_server, database):
     place_orders(database, 1)
     backdate(database, 2)
-    server = Server(tmp_path, ORDER_TIMEOUT="1", READ_ONLY="true").start()
+    server = start_server(ORDER_TIMEOUT="1", READ_ONLY="true")
     for _ in range(20):  # each turn of the loop would cancel it
         assert server("GET", "/orders/1/").json["status"] == "pending"
     result = server.run("expire")
     assert result.returncode == 1
     assert re.fullmatch(r"shop: [^\n]*read-only[^\n]*\n", result.stderr)
-    server.assert_ends_well()
     assert statuses_in(database) == ["pending"]
 
 
@@ -7149,29 +6501,22 @@ def test_of_completing_and_expiring_one_order_exactly_one_wins(database):
     place_orders(database, 120)
     backdate(database, 2)
     stores = [db.Store(database, lock_timeout=30) for _ in range(2)]  # as in two processes
-
-    def complete(store, n):
-        completed = set()
-        for order_id in range(n, 121, 2):
-            with contextlib.suppress(db.InvalidTransition):
-                store.update_order(order_id, status="completed")
-                completed.add(order_id)
-        return completed
-
-    def expire(store):
-        cancelled = 0
-        while store.has_expired_orders(1):
-            cancelled += store.expire_orders(1, limit=2)
-        return cancelled
+    completed = set()
+    cancelled = []
 
     def work(n):
         store = stores[n % 2]
-        return complete(store, n - 1) if n in (2, 3) else expire(store)
+        if n < 2:
+            for order_id in range(n + 1, 121, 2):
+                with contextlib.suppress(db.InvalidTransition):
+                    store.update_order(order_id, status="completed")
+                    completed.add(order_id)
+        else:
+            while store.has_expired_orders(1):
+                cancelled.append(store.expire_orders(1, limit=2))
 
-    results = at_once(6, work)
-    completed = results[2] | results[3]
-    cancelled = results[0] + results[1] + results[4] + results[5]
-    assert len(completed) + cancelled == 120
+    at_once(6, work)
+    assert len(completed) + sum(cancelled) == 120
     expected = ["completed" if n in completed else "cancelled" for n in range(1, 121)]
     assert statuses_in(database) == expected
     assert stores[0].get_product(1)["stock"] == 10_000 - len(completed)
@@ -7666,7 +7011,7 @@ class Model:
     """What the shop must make of the writes of one thread: each returns the status due."""
 
     def __init__(self):
-        self.changes = {}  # of the stock of each product that there is
+        self.changes = {}  # of the stock of each product that exists
         self.skus = {}  # of the same products
         self.orders = {}  # id: [status, {product_id: quantity}, {product_id: sku}]
         self.metadata = {}  # of each product and order, by its path
@@ -7674,9 +7019,9 @@ class Model:
     def stock(self, product):
         return sum(self.changes[product])
 
-    def move(self, product, change, least=0):
+    def move(self, product, change):
         """Change a stock, if that is possible."""
-        if not least <= self.stock(product) + change <= db.MAX_STOCK:
+        if not 0 <= self.stock(product) + change <= db.MAX_STOCK:
             return 409 if change < 0 else 422
         self.changes[product] += [change] if change else []
         return 200
@@ -7706,15 +7051,15 @@ class Model:
         return 201
 
     def update_order(self, order_id, status, patch):
-        order = self.orders[order_id]
-        if (order[0], status) == ("cancelled", "completed"):
+        before, lines, _ = self.orders[order_id]
+        if (before, status) == ("cancelled", "completed"):
             return 409
         self.merge(f"/orders/{order_id}/", patch)
-        for product in order[1].keys() & self.changes.keys() if order[0] != status else ():
-            if status == "cancelled":
+        if before != status == "cancelled":
+            for product in lines.keys() & self.changes.keys():
                 room = db.MAX_STOCK - self.stock(product)
-                self.move(product, min(order[1][product], room))
-        order[0] = status
+                self.move(product, min(lines[product], room))
+        self.orders[order_id][0] = status
         return 200
 
 
@@ -7735,14 +7080,11 @@ class Player:
         self.create_product()
 
     def send(self, method, path, body, due, headers=None):
-        """Send a write that must get the status that is due; a POST sometimes with a key, and
-        then sometimes again.
-        """
+        """Send a write that must get the status that is due; a POST sometimes with a key, twice."""
         self.sent += 1
-        headers = dict(headers or {})
-        key = f"{self.number}-{self.sent}"
+        headers = headers or {}
         if method == "POST" and self.dice.random() < 0.3:
-            headers["Idempotency-Key"] = key
+            headers = headers | {"Idempotency-Key": f"{self.number}-{self.sent}"}
         response = self.client(method, path, body, headers)
         assert response.status_int == due, (method, path, body, headers, response)
         if "Idempotency-Key" in headers and due < 300 and self.dice.random() < 0.5:
@@ -7762,20 +7104,12 @@ class Player:
     def metadata(self, *texts):
         return {name: self.dice.choice(texts) for name in self.dice.sample("abc", 2)}
 
-    def if_match(self, product):
-        """No condition, one that holds, or one that does not; and whether it lets a write pass."""
-        kind = self.dice.randrange(4)
-        if kind == 0 and product in self.model.changes:
-            etag = self.client("GET", f"/products/{product}/").headers["ETag"]
-            return {"If-Match": etag}, True
-        return ({"If-Match": '"stale"'}, False) if kind == 1 else ({}, True)
-
     def create_product(self):
         stock = self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])
-        if self.sent and self.dice.random() < 0.3:
-            self.send("POST", "/products/", {"name": "", "price": 1, "stock": stock}, 422)
-            return
         body = {"name": "x", "price": 0.1, "stock": stock}
+        if self.sent and self.dice.random() < 0.3:
+            self.send("POST", "/products/", {**body, "name": ""}, 422)
+            return
         body |= {"sku": self.sku(), "metadata": self.metadata("", "1")}
         due = 409 if self.model.has_sku(body["sku"]) else 201
         response = self.send("POST", "/products/", body, due)
@@ -7785,14 +7119,19 @@ class Player:
             self.model.update_product(product, stock, body["sku"], body["metadata"])
 
     def write_product(self, method, path, body, act):
-        """A write to a product under a condition; act() is what the model makes of it."""
+        """A write to a product, maybe under a condition; act() is what the model makes of it."""
         product = self.product()
-        headers, passes = self.if_match(product)
-        due = 404 if product not in self.model.changes else 412
-        if due == 412 and passes:
-            due = act(product)
-        self.send(method, path.format(product), body, due, headers)
-        return product, due
+        headers = {}
+        due = None
+        match self.dice.randrange(4):
+            case 0 if product in self.model.changes:
+                headers["If-Match"] = etag_of(self.client, f"/products/{product}/")
+            case 1:
+                headers["If-Match"] = '"stale"'
+                due = 412
+        if product not in self.model.changes:
+            due = 404
+        self.send(method, path.format(product), body, due or act(product), headers)
 
     def update_product(self):
         body = {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
@@ -7808,17 +7147,18 @@ class Player:
     def update_stock(self):
         change = self.dice.choice([-(10**8), -9, -1, 0, 4, 12])
         body = {"change": change, "note": "counted"}
-        self.write_product(
-            "POST", "/products/{}/stock/", body, lambda product: self.model.move(product, change)
-        )
+        path = "/products/{}/stock/"
+        self.write_product("POST", path, body, lambda product: self.model.move(product, change))
 
     def delete_product(self):
+        def act(product):
+            del self.model.changes[product]
+            del self.model.skus[product]
+            self.deleted.add(product)
+            return 204
+
         if self.dice.random() < 0.2:
-            product, due = self.write_product("DELETE", "/products/{}/", None, lambda product: 204)
-            if due == 204:
-                del self.model.changes[product]
-                del self.model.skus[product]
-                self.deleted.add(product)
+            self.write_product("DELETE", "/products/{}/", None, act)
         if not self.model.changes:
             self.create_product()
 
@@ -7860,29 +7200,24 @@ def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop,
     players = [Player(shop.app.app, number) for number in range(6)]
     at_once(6, lambda n: players[n].play(350))
     assert sum(player.sent for player in players) > 2000
-    number_of_orders = 0
+    changes, orders, skus, metadata = {}, {}, {}, {}
     for player in players:
-        model = player.model
-        for product, changes in model.changes.items():
-            steps = steps_of(shop, product)
-            assert [change for change, *_ in steps] == changes
-            found = shop("GET", f"/products/{product}/").json
-            assert (found["stock"], found["sku"]) == (sum(changes), model.skus[product])
-            assert found["metadata"] == model.metadata[f"/products/{product}/"]
+        changes |= player.model.changes
+        orders |= player.model.orders
+        skus |= player.model.skus
+        metadata |= player.model.metadata
         for product in player.deleted:
             assert shop("GET", f"/products/{product}/stock/").status_int == 404
-        for order_id, (status, lines, skus) in model.orders.items():
-            order = shop("GET", f"/orders/{order_id}/").json
-            quantities = {line["product_id"]: line["quantity"] for line in order["products"]}
-            assert (order["status"], quantities) == (status, lines)
-            assert {line["product_id"]: line["sku"] for line in order["products"]} == skus
-            assert order["metadata"] == model.metadata[f"/orders/{order_id}/"]
-        number_of_orders += len(model.orders)
-    with connect(database) as connection:
-        counts = connection.execute("""
-            SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM product),
-                   (SELECT sum(stock) FROM product)
-        """).fetchone()
-    products = [changes for player in players for changes in player.model.changes.values()]
-    assert counts == (number_of_orders, len(products), sum(map(sum, products)))
+    for product in shop("GET", "/products/").json["products"]:
+        due = changes.pop(product["id"])
+        assert (product["stock"], product["sku"]) == (sum(due), skus[product["id"]])
+        assert product["metadata"] == metadata[f"/products/{product['id']}/"]
+        assert [change for change, *_ in steps_of(shop, product["id"])] == due
+    assert changes == {}
+    for order in walk_pages(shop, "/orders/?limit=1000", "orders"):
+        lines = {line["product_id"]: line["quantity"] for line in order["products"]}
+        sold = {line["product_id"]: line["sku"] for line in order["products"]}
+        assert [order["status"], lines, sold] == orders.pop(order["id"])
+        assert order["metadata"] == metadata[f"/orders/{order['id']}/"]
+    assert orders == {}
     assert db.check_integrity(database) == []
