@@ -4511,6 +4511,39 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
         assert f"#{name}=" in example, name
 
 
+def health_checks(port):
+    """The health checks of Dockerfile and compose file, as commands, of a shop at a port."""
+    dockerfile = (HERE / "Dockerfile").read_text()
+    compose = (HERE / "docker-compose.yml").read_text()
+    image = re.search(r"^HEALTHCHECK .*\n +CMD (\[.+\])$", dockerfile, re.M)
+    service = re.search(r"^ +test: \[\"CMD\", (.+\])$", compose, re.M)
+    for text in image[1], "[" + service[1]:
+        program, *arguments = json.loads(text)
+        assert program == "python"
+        yield [sys.executable, *(word.replace("8000", str(port)) for word in arguments)]
+
+
+def test_the_health_checks_ask_the_shop_itself_and_want_a_200(server):
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("", 0)) as other:
+        dead = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = {name: dead for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
+        for command in health_checks(server.port):
+            environment = {"PORT": str(server.port)} | proxies
+            result = subprocess.run(command, env=environment, capture_output=True, timeout=10)
+            assert (result.returncode, result.stderr) == (0, b"")
+        port = other.getsockname()[1]
+        for status in b"204 No Content", b"302 Found\r\nLocation: /", b"404 Not Found", b"503 No":
+            for command in health_checks(port):
+                process = subprocess.Popen(command, env={"PORT": str(port)})
+                with other.accept()[0] as connection:
+                    assert connection.recv(9999).startswith(b"GET /healthz HTTP/1.1\r\n")
+                    connection.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+                    assert process.wait(10) == 1
+    for command in health_checks(port):  # where nothing listens
+        result = subprocess.run(command, env={"PORT": str(port)}, stderr=subprocess.DEVNULL)
+        assert result.returncode == 1
+
+
 def test_the_image_contains_every_file_that_the_tests_read():
     dockerignore = HERE / ".dockerignore"
     if not dockerignore.exists():
