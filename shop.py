@@ -31,6 +31,7 @@ import hashlib
 import hmac
 import http.client
 import inspect
+import ipaddress
 import json
 import math
 import os
@@ -46,10 +47,11 @@ import textwrap
 import time
 import traceback
 import types
+import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn, TextIO
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("shop: Python 3.11 or later is needed, this is " + sys.version.split()[0])
@@ -1067,13 +1069,16 @@ def open_application(settings: "Settings", lock_timeout: float) -> Application:
 
 
 def open_store(settings: "Settings", lock_timeout: float) -> db.Store:
-    return db.Store(
-        settings.database,
-        lock_timeout=lock_timeout,
-        read_only=settings.read_only,
-        autocheckpoint=not settings.litestream,
-        trace=log_statement if settings.debug else None,
-    )
+    try:
+        return db.Store(
+            settings.database,
+            lock_timeout=lock_timeout,
+            read_only=settings.read_only,
+            autocheckpoint=not settings.litestream,
+            trace=log_statement if settings.debug else None,
+        )
+    except db.DatabaseError as error:
+        raise db.DatabaseError(f"DATABASE_URL: {error}") from error
 
 
 def log_statement(sql: str) -> None:
@@ -1663,6 +1668,8 @@ class Settings(NamedTuple):
     order_timeout: float | None = None  # minutes
     host: str = "127.0.0.1"
     port: int = 8000
+    url_prefix: str = ""  # or /shop
+    trusted_proxy: str | None = None  # an IP address, or *
     debug: bool = False
     access_log: bool = True
     read_only: bool = False
@@ -1681,9 +1688,13 @@ def shown(value: str) -> str:
 
 def read_database_url(name: str, url: str) -> str:
     path = url.removeprefix("sqlite:///")
-    if path == url or path in ("", "/", ":memory:") or "\0" in path:
-        wanted = "sqlite:///FILE, or sqlite:////FILE for an absolute path"
-        raise ConfigError(f"{name} must be {wanted}, not {shown(url)}.")
+    wanted = f"{name} must be sqlite:///FILE, or sqlite:////FILE for an absolute path"
+    if path == url:
+        # Nothing else is shown: the URL of another database may hold a password.
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", url)
+        raise ConfigError(f"{wanted}{f', not {shown(scheme[0])}' if scheme else ''}.")
+    if path in ("", "/", ":memory:") or re.search(r"[?#\0]", path):
+        raise ConfigError(f"{wanted}, without ? and #, not {shown(url)}.")
     if os.path.isdir(path):
         raise ConfigError(f"{name} names a directory, {shown(path)}: it must be a file.")
     folder = os.path.dirname(path) or "."
@@ -1709,14 +1720,56 @@ def read_token(name: str, token: str) -> str:
     return token
 
 
+def read_url_prefix(name: str, text: str) -> str:
+    if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*/?", text):
+        rule = "a path such as /shop, of letters, digits and ._~- between slashes"
+        raise ConfigError(f"{name} must be {rule}, not {shown(text)}.")
+    return text.removesuffix("/")
+
+
+def read_proxy(name: str, text: str) -> str:
+    try:
+        return text if text == "*" else str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise ConfigError(f"{name} must be an IP address or *, not {shown(text)}.") from error
+
+
 def read_origins(name: str, text: str) -> frozenset[str]:
-    origins = text.replace(",", " ").split()
-    for origin in origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+", origin):
-            raise ConfigError(
-                f"{name} must be * or origins such as https://shop.example, not {shown(origin)}."
-            )
+    origins = set()
+    for origin in text.replace(",", " ").split():
+        try:
+            origins.add(origin if origin == "*" else normalize_origin(origin))
+        except ValueError as error:
+            wanted = "* or origins such as https://shop.example or https://xn--strae-oqa.example"
+            raise ConfigError(f"{name} must be {wanted}, not {shown(origin)}.") from error
     return frozenset(origins)
+
+
+def normalize_origin(text: str) -> str:
+    """An origin as browsers send it. Raises ValueError if they never do, or Python may differ.
+
+    Python's codec follows IDNA 2003, browsers follow UTS 46: a host in which either would change
+    more than capitals and the composition of letters is rejected.
+    """
+    parts = urlsplit(text)
+    origin = f"{parts.scheme}://{parts.netloc}"
+    # Browsers drop variation selectors, the last ones here; the codec only those of Unicode 3.2.
+    never = "^(file|wss?):|@|:$|[\u180f\U000e0100-\U000e01ef]"
+    if text.lower() != origin.lower() or re.search(never, origin):
+        raise ValueError
+    host = unicodedata.normalize("NFC", parts.hostname or "")
+    if host != unicodedata.normalize("NFKC", host.casefold()) or not host.isprintable():
+        raise ValueError
+    encoded = f"[{ipaddress.IPv6Address(host)}]" if "[" in text else host.encode("idna").decode()
+    if not host.isascii() and encoded.encode().decode("idna") != host:
+        raise ValueError
+    if not re.fullmatch(r"\[[0-9a-f:]+\]|[a-z0-9_.-]*[a-z0-9_-]\.?", encoded):
+        raise ValueError
+    if re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", encoded):
+        ipaddress.IPv4Address(encoded)  # of any other number browsers make an address
+    default_port = {"http": 80, "https": 443}.get(parts.scheme)
+    port = "" if parts.port in (None, default_port) else f":{parts.port}"
+    return f"{parts.scheme}://{encoded}{port}"
 
 
 def read_minutes(name: str, text: str) -> float:
@@ -1740,6 +1793,8 @@ READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "ORDER_TIMEOUT": ("order_timeout", read_minutes),
     "HOST": ("host", lambda name, text: text),
     "PORT": ("port", read_port),
+    "URL_PREFIX": ("url_prefix", read_url_prefix),
+    "TRUSTED_PROXY": ("trusted_proxy", read_proxy),
     "DEBUG": ("debug", read_flag),
     "ACCESS_LOG": ("access_log", read_flag),
     "READ_ONLY": ("read_only", read_flag),
@@ -2230,6 +2285,8 @@ SETTINGS_HELP = """\
 Settings come from the environment, and from a file .env in the working directory:
     DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
     HOST, PORT     where to listen: 127.0.0.1, 8000
+    URL_PREFIX     the path under which a proxy publishes the shop, such as /shop
+    TRUSTED_PROXY  the IP address of the proxy whose X-Forwarded-For the log shows, or *
     ADMIN_TOKEN    what Authorization: Bearer must carry, except to read products and, without
                    ORDER_TOKEN, to order; not set: everything is open to everyone
     ORDER_TOKEN    what it must carry to place an order, if not ADMIN_TOKEN; needs ADMIN_TOKEN

@@ -2224,6 +2224,90 @@ def test_a_cached_response_is_only_for_the_origin_and_the_accept_that_it_was_mad
     server.assert_ends_well()
 
 
+@pytest.mark.parametrize(
+    "setting, origin",
+    [
+        ("https://Shop.example:443", "https://shop.example"),
+        ("HTTPS://SHOP.EXAMPLE:8443", "https://shop.example:8443"),
+        ("http://shop.example:80", "http://shop.example"),
+        ("http://shop.example:443", "http://shop.example:443"),
+        ("http://localhost:03000", "http://localhost:3000"),
+        ("http://my_host-1", "http://my_host-1"),
+        ("https://shop.example.", "https://shop.example."),
+        ("http://192.0.2.1:8080", "http://192.0.2.1:8080"),
+        ("http://[2001:DB8:0:0:0::1]:80", "http://[2001:db8::1]"),
+        ("https://müller.example", "https://xn--mller-kva.example"),
+        ("https://MU\u0308LLER.example:443", "https://xn--mller-kva.example"),
+        ("https://xn--mller-kva.example", "https://xn--mller-kva.example"),
+        ("https://XN--strae-oqa.example", "https://xn--strae-oqa.example"),
+        ("https://日本語.example", "https://xn--wgv71a119e.example"),
+        ("https://हिन्दी.example", "https://xn--j2bd4cyah0f.example"),
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("ionic://localhost:80", "ionic://localhost:80"),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+    ],
+)
+def test_origins_are_compared_as_browsers_send_them(make_shop, setting, origin):
+    response = make_shop(cors_origins=setting)("GET", "/", None, {"Origin": origin})
+    assert cors_headers(response)["allow-origin"] == origin
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://me@shop.example",
+        "https://shop.example/",
+        "https://shop.example?",
+        "https://shop.example#",
+        "https://shop.example\\",
+        "https://shop.example:",
+        "https://shop.example:port",
+        "https://shop.example:٣",
+        "https://shop.example:65536",
+        "https://shop.example:443:443",
+        "https://:443",
+        "https://.",
+        "https://.shop.example",
+        "https://shop..example",
+        "https://*.example",
+        "https://shop%2eexample",
+        "https://shop;example",
+        "https://" + "x" * 64 + ".example",
+        "https:shop.example",
+        "://shop.example",
+        "1https://shop.example",
+        "file://shop.example",
+        "wss://shop.example",
+        "capacitor://",
+        "http://[::1",
+        "http://[::1%25eth0]",
+        "http://[shop]",
+        "http://127.1",
+        "http://192.0.2.256",
+        "http://0x7f000001",
+        "http://192.0.2.01",
+        # Python's codec would make another host of these than browsers do.
+        "https://straße.example",
+        "https://STRAẞE.example",
+        "https://σοφος-λόγος.example",
+        "https://نامه\u200cای.example",
+        "https://क्\u200dष.example",
+        "https://a\u00adb.example",
+        "https://a\U000e0101b.example",
+        "https://ᏸ.example",
+        "https://ﬁ.example",
+        "https://a\u2024example",
+        "https://a\u0378b.example",
+    ],
+)
+def test_an_origin_that_no_browser_sends_cannot_be_used(make_shop, origin):
+    for setting in origin, f"{ORIGIN} {origin}", f"*,{origin}":
+        with pytest.raises(shop_module.ConfigError) as raised:
+            make_shop(cors_origins=setting)
+        assert str(raised.value).startswith("CORS_ORIGINS must be ")
+        assert str(raised.value).endswith(f"not {shop_module.shown(origin)}.")
+
+
 def test_origins_may_stand_apart_by_blanks_commas_or_both(make_shop):
     for origins in (
         f"{ORIGIN},http://a",
@@ -3355,15 +3439,36 @@ UNUSABLE_SETTINGS = [
             "https://shop.example;https://other.example",
             "https://",
             "null",
+            "https://shop.example:port",
+            "https://shop.example:65536",
+            "https://*.example",
+            "file://shop.example",
+            "https://straße.example",
         )
     ),
+    *(
+        ({"URL_PREFIX": prefix}, "URL_PREFIX")
+        for prefix in (
+            *("shop", "//", "/a//b", "/a b", "/a/./b", "/..", "/é", "/%41", "/a?b", "/a;b"),
+            "https://shop.example/",
+        )
+    ),
+    *(
+        ({"TRUSTED_PROXY": proxy}, "TRUSTED_PROXY")
+        for proxy in ("proxy", "10.0.0.0/8", "10.0.0.1,10.0.0.2", "10.0.0.1:80", "[::1]", "**")
+    ),
+    ({"DATABASE_URL": "sqlite:///a?b"}, "DATABASE_URL"),
+    ({"DATABASE_URL": "sqlite:///a#b"}, "DATABASE_URL"),
+    ({"DATABASE_URL": "sqlite:///" + "x" * 256}, "DATABASE_URL"),
+    ({"DATABASE_URL": "sqlite:////dev/null"}, "DATABASE_URL"),
+    ({"DATABASE_URL": "sqlite:////proc/shop"}, "DATABASE_URL"),
     ({"DATABASE_URL": "sqlite:///none/such/db.sqlite3"}, "DATABASE_URL names a folder that"),
     ({"DATABASE_URL": "sqlite:///."}, "DATABASE_URL names a directory"),
-    ({"DATABASE_URL": "sqlite:///text"}, "not a database"),
-    ({"DATABASE_URL": "sqlite:///foreign"}, "another program"),
-    ({"DATABASE_URL": "sqlite:///short"}, "damaged"),
-    ({"DATABASE_URL": "sqlite:///newer"}, "newer version"),
-    ({"DATABASE_URL": "sqlite:///none", "READ_ONLY": "true"}, "cannot be opened"),
+    ({"DATABASE_URL": "sqlite:///text"}, "DATABASE_URL: .*not a database"),
+    ({"DATABASE_URL": "sqlite:///foreign"}, "DATABASE_URL: .*another program"),
+    ({"DATABASE_URL": "sqlite:///short"}, "DATABASE_URL: .*damaged"),
+    ({"DATABASE_URL": "sqlite:///newer"}, "DATABASE_URL: .*newer version"),
+    ({"DATABASE_URL": "sqlite:///none", "READ_ONLY": "true"}, "DATABASE_URL: .*cannot be opened"),
 ]
 
 
@@ -3386,12 +3491,54 @@ def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(
     assert result.returncode == 2
     assert result.stdout == ""
     assert re.fullmatch(r"shop: [^\n]+\.\n", result.stderr)
-    assert words in result.stderr
+    assert re.search(words, result.stderr)
     assert contents(tmp_path) == files
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "url, scheme",
+    [
+        ("postgresql://admin:s3cret@db.s3cret.example/s3cret", "'postgresql'"),
+        ("postgresql+psycopg://admin:s3cret@/s3cret", "'postgresql+psycopg'"),
+        ("mysql://s3cret", "'mysql'"),
+        ("sqlite://s3cret", "'sqlite'"),
+        ("admin:s3cret@db.example/s3cret", ""),
+        ("s3cret/://", ""),
+        ("/var/s3cret", ""),
+        ("s3cret", ""),
+    ],
+)
+def test_of_another_databases_url_only_the_scheme_is_shown(tmp_path, url, scheme):
+    for command, status in ([], 2), (["check"], 1), (["export"], 1):
+        result = Server(tmp_path, DATABASE_URL=url).run(*command)
+        assert result.returncode == status
+        expected = f", not {scheme}." if scheme else "an absolute path."
+        assert re.fullmatch(rf"shop: DATABASE_URL [^\n]+{re.escape(expected)}\n", result.stderr)
+        assert "s3cret" not in result.stderr
+        assert "admin" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("URL_PREFIX", "/shop", "/shop"),
+        ("URL_PREFIX", "/shop/", "/shop"),
+        ("URL_PREFIX", "/a.b/c_d~/-/...", "/a.b/c_d~/-/..."),
+        ("URL_PREFIX", "/", ""),
+        ("URL_PREFIX", "", ""),
+        ("TRUSTED_PROXY", "10.0.0.1", "10.0.0.1"),
+        ("TRUSTED_PROXY", "2001:DB8:0:0::1", "2001:db8::1"),
+        ("TRUSTED_PROXY", "*", "*"),
+        ("TRUSTED_PROXY", "", None),
+    ],
+)
+def test_prefix_and_proxy_are_normalized(name, text, value):
+    settings = shop_module.read_settings({name: text})
+    assert settings._asdict()[name.lower()] == value
 
 
 @pytest.mark.parametrize(
@@ -3401,7 +3548,9 @@ def contents(folder):
         ("HOST", "", ""),
         ("DEBUG", "", ""),
         ("CORS_ORIGINS", "", ""),
-        ("DATABASE_URL", "", ""),
+        ("URL_PREFIX", "", ""),
+        ("TRUSTED_PROXY", "", ""),
+        ("DATABASE_URL", "x", "://x"),
         ("DATABASE_URL", "sqlite:///", ""),
         ("DATABASE_URL", "sqlite:///", "/db.sqlite3"),
     ],
