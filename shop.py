@@ -31,7 +31,9 @@ import hashlib
 import hmac
 import http.client
 import inspect
+import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -48,7 +50,7 @@ import time
 import traceback
 import types
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn, TextIO
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -2297,7 +2299,7 @@ Settings come from the environment, and from a file .env in the working director
     READ_ONLY      false; true serves a copy that another process renews, and rejects writes
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
-COMMAND_LOCK_TIMEOUT = 30  # seconds that a command waits for the shop to finish a write
+COMMAND_LOCK_TIMEOUT = 4.5  # seconds that a command waits, for the file and again for its writes
 
 
 class Parser(argparse.ArgumentParser):
@@ -2366,9 +2368,12 @@ def main(arguments: list[str]) -> int:
             raise
         lines = [f"{options.file or 'standard output'}: {error.strerror}."]
     except SpreadsheetError as error:
-        lines = [f"{options.file}, {line}" for line in error.args]
-        lines.append("nothing has been imported.")
-    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable, db.NotFound) as error:
+        lines = [f"{options.file}: {fault}" for fault in error.args]
+        lines[-1] += " Nothing has been imported."
+    except (db.NotFound, db.DuplicateSku, db.ExcessiveMetadata) as error:
+        # Somebody has changed a product since the rows were checked.
+        lines = [f"{options.file}: {error} Nothing has been imported."]
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
         lines = [str(error)]
     for line in lines:
         print(f"shop: {' '.join(line.split())}", file=sys.stderr)
@@ -2441,128 +2446,197 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-# Spreadsheets: CSV in UTF-8, with a header line.
+# Spreadsheets: CSV with a header line, as spreadsheet programs of any country save it.
 
-COLUMNS = ["id", *(name for name in PRODUCT_FIELDS if name != "metadata")]
+COLUMNS = ["id", "sku", *(name for name in PRODUCT_FIELDS if name not in ("sku", "metadata"))]
+COLUMN = re.compile(rf"{'|'.join(COLUMNS)}|metadata\.[A-Za-z0-9_-]{{1,40}}")
+NO_TEXT = "this is a workbook, a web page, or text whose encoding is not UTF-8"
 
 
 class SpreadsheetError(Exception):
-    """A spreadsheet cannot be imported; each argument says what is wrong with a line."""
+    """A spreadsheet cannot be imported; each argument says what is wrong with it, or a line."""
 
 
 def run_import(settings: Settings, options: argparse.Namespace) -> int:
-    file = 0 if options.file == "-" else options.file
+    with open(0 if options.file == "-" else options.file, "rb") as file:
+        data = file.read()
     store = open_store(settings, COMMAND_LOCK_TIMEOUT)
-    # Bytes that are not UTF-8 become surrogates, which the rules of the API reject, line by line.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as source:
-        # Every row is checked first, so that the lock is held for no more than the writing.
-        rows = read_rows(source, store, options.stock)
-    added, changed = store.import_products(rows)
+    # Every row is checked first, so that the lock is held for no more than the writing.
+    rows, differing = read_rows(data, store, options.stock)
+    added, changed, unchanged = store.import_products(rows)
     store.close()
-    print(f"{options.file}: {added} products added, {changed} changed")
+    if differing:
+        stocks = f"the stock of {differing} product{'s' if differing > 1 else ''} differs"
+        print(f"shop: {options.file}: {stocks}: --stock would change it.", file=sys.stderr)
+    print(f"{options.file}: {added} products added, {changed} changed, {unchanged} unchanged")
     return 0
 
 
-def read_rows(source: TextIO, store: db.Store, with_stock: bool) -> list[dict]:
-    """The rows as import_products() takes them. Raises SpreadsheetError with every faulty line."""
-    reader = csv.reader(source, strict=True)  # or a quote without end would swallow the rest
-    rows: list[dict] = []
-    errors: list[str] = []
+def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row with a value: the line in which it begins, and its cells by their columns.
+
+    Values in columns without a name are under "". Raises SpreadsheetError.
+    """
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    source = io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
+    columns: list[str] = []
     line = 1  # in which a row begins: cells may hold line breaks
     try:
-        columns = next(reader, [])
-        if not columns or set(columns) - set(COLUMNS) or len(set(columns)) < len(columns):
-            wanted = f"columns out of {','.join(COLUMNS)}, each once, separated by commas"
-            header = shown(",".join(columns))
-            raise SpreadsheetError(f"line 1: the header must name {wanted}, not {header}.")
-        known = {product["id"] for product in store.export_products()}
-        validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
-        line = reader.line_num + 1
-        for number, cells in enumerate(reader, 1):
-            if cells:
-                row, messages = read_row(columns, cells, known, with_stock, validators)
-                errors += [f"line {line}: {message}." for message in messages]
-                rows.append(row)
+        data.decode(encoding)  # all of it now, before any row is reported
+        first = next((text for text in source if re.search(r'[^\s,;"]', text)), "")
+        source.seek(0)
+        if first.lstrip().startswith(("PK\3\4", "<")) or "\0" in first:
+            raise UnicodeError  # a ZIP file, HTML or XML, or UTF-16 without a byte order mark
+        hint = re.fullmatch(r'[\s"]*sep=([,;\t])[\s,;"]*', first, re.IGNORECASE)
+        separator = hint[1] if hint else max(",;\t", key=first.count)
+        # Strict, because a quote without end would swallow the rest.
+        reader = csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True)
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            pairs = itertools.zip_longest(columns, cells, fillvalue="")
+            if any(cells) and columns:
+                yield line, dict(pair for pair in pairs if any(pair))
+            elif any(cells) and not hint:
+                columns = read_header(cells, line)
+            elif any(cells):
+                hint = None
             line = reader.line_num + 1
+    except csv.Error as error:
+        raise SpreadsheetError(f"line {line}: {error}; the rest has not been checked.") from error
+    except UnicodeError as error:
+        raise SpreadsheetError(f"{NO_TEXT}: save the table as CSV UTF-8.") from error
+    if not columns:
+        raise SpreadsheetError("there is no header line.")
+
+
+def read_header(cells: list[str], line: int) -> list[str]:
+    columns = [re.sub("^[^.]+", lambda match: match[0].lower(), cell) for cell in cells]
+    for cell, column in zip(cells, columns, strict=True):
+        if column and (not COLUMN.fullmatch(column) or columns.count(column) > 1):
+            wanted = f"the header must name columns out of {','.join(COLUMNS)} and metadata.NAME"
+            raise SpreadsheetError(f"line {line}: {wanted}, each once, not {shown(cell)}.")
+    return columns
+
+
+def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict], int]:
+    """The rows as import_products() takes them, and how many differ in a stock that they must keep.
+
+    Raises SpreadsheetError with every faulty line.
+    """
+    products = {product["id"]: product for product in store.export_products()}
+    ids = {product["sku"]: product["id"] for product in products.values() if product["sku"]}
+    owners = dict(ids)  # of each sku after the rows so far; a new product has a negative id
+    validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
+    lines: dict[int, int] = {}  # in which the products are
+    rows = []
+    errors: list[str] = []
+    differing = 0
+    try:
+        for number, (line, cells) in enumerate(read_table(data), 1):
+            id_text = cells.pop("id", "")
+            product_id = ids.get(cells.get("sku", ""), -line)
+            if id_text:
+                product_id = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
+            product = products.get(product_id)
+            row, faults = read_row(cells, product, validators[product_id >= 0])
+            sku = row.get("sku", product["sku"] if product else "")
+            if product and sku != product["sku"]:
+                owners.pop(product["sku"], None)
+            if sku and owners.setdefault(sku, product_id) != product_id:
+                faults.append(f"another product or row has the sku {shown(sku)}")
+            if id_text and not product:
+                faults.append(f"there is no product with the id {shown(id_text)}")
+            if product and lines.setdefault(product_id, line) != line:
+                faults.append(f"line {lines[product_id]} is for product {product_id} as well")
+            if product:
+                row["id"] = product_id
+                if not with_stock:
+                    differing += row.pop("stock", product["stock"]) != product["stock"]
+            rows.append(row)
+            errors += [f"line {line}: {fault}." for fault in faults]
             if number % 10_000 == 0 and sys.stderr.isatty():
                 print(f"\r{number} rows checked", end="\r", file=sys.stderr)
-    except csv.Error as error:
-        errors.append(f"line {line}: {error}; the rest has not been checked.")
+    except SpreadsheetError as error:
+        errors += error.args
     if errors:
         raise SpreadsheetError(*errors)
-    return rows
+    return rows, differing
 
 
 def read_row(
-    columns: list[str],
-    cells: list[str],
-    known: set[int],
-    with_stock: bool,
-    validators: tuple[Validator, Validator],
+    cells: dict[str, str], product: dict | None, validator: Validator
 ) -> tuple[dict, list[str]]:
-    """A row as fields of a product, by the rules of the API; and what is wrong with it."""
-    if len(cells) != len(columns):
-        return {}, [f"there are {len(cells)} cells, the header has {len(columns)}"]
-    fields: dict[str, Any] = dict(zip(columns, cells, strict=True))
-    id_text = fields.pop("id", "")
-    for name in {"price", "stock"} & fields.keys():
-        fields[name] = read_number(fields[name])
-    messages = []
+    """A row as fields of a new product, or of this one, by the rules of the API; and its faults."""
+    fields: dict[str, Any] = {}
+    for column, cell in cells.items():
+        kind, _, name = column.partition(".")
+        known = product and (product["metadata"].get(name) if name else product.get(kind))
+        if isinstance(known, str) and known.strip() == cell:
+            cell = known  # white space around a cell does not count
+        if name and (cell or known is not None):
+            fields.setdefault("metadata", {})[name] = cell if cell or cell == known else None
+        elif kind == "price" or (kind == "stock" and cell):
+            fields[kind] = read_number(cell)
+        elif kind not in ("stock", "metadata"):
+            fields[kind] = cell
+    faults = []
+    if fields.pop("", ""):
+        faults.append(f"a column without a name has the value {shown(cells[''])}")
     row: dict[str, Any] = {}
-    if id_text:
-        if not with_stock:
-            fields.pop("stock", None)
-        if not fields:
-            return {}, ["there is nothing to change: a stock is only set with --stock"]
-        row["id"] = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
-        if row["id"] not in known:
-            messages.append(f"no product with id {shown(id_text)}, or the id appears twice")
-        known.discard(row["id"])
-    elif fields.get("stock") == "":
-        del fields["stock"]
     try:
-        row |= validate(fields, validators[bool(id_text)])
+        row = validate(fields, validator) if fields else {}
+        db.merge(product or db.PRODUCT_DEFAULTS, row)
+    except db.ExcessiveMetadata as error:
+        faults.append(f"metadata {error}")
     except ValidationError as error:
-        messages += [f"{field_name(path)} {message}" for path, message in error.errors]
-    return row, messages
+        for path, message in error.errors:
+            column = ".".join(path)
+            value = f": {shown(cells[column])}" if column in cells else ""
+            faults.append(f"{column} {message}{value}")
+    return row, faults
 
 
 def read_number(text: str) -> Any:
-    """A cell as JSON has it: a number where it is one, else the text, which is rejected later."""
-    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
-        return parse_decimal(text) if "." in text else parse_int(text)
-    return text
+    """A number for the validator; or, since 1,299 is one thing or another, a text it rejects."""
+    if not re.fullmatch(r"-?[0-9]+([.,][0-9]{1,2})?", text):
+        return text
+    text = text.replace(",", ".")
+    return parse_decimal(text) if "." in text else parse_int(text)
 
 
 def run_export(settings: Settings, options: argparse.Namespace) -> int:
-    store = db.Store(settings.database, read_only=True)
+    store = open_store(settings._replace(read_only=True), COMMAND_LOCK_TIMEOUT)
+    rows = list(store.export_products())
+    names = {f"metadata.{name}" for product in rows for name in product["metadata"]}
+    columns = COLUMNS + sorted(names)
     if options.file in (None, "-"):
         with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
-            write_csv(store, target)
+            write_csv(target, columns, rows)
     else:
-        export_file(store, options.file)
+        export_file(options.file, columns, rows)
     return 0
 
 
-def export_file(store: db.Store, file: str) -> None:
+def export_file(file: str, columns: list[str], rows: Iterable[dict]) -> None:
     """Write a file as a whole, or leave what was there."""
     partial = f"{file}.partial-{os.getpid()}"
     try:
         with open(partial, "w", encoding="utf-8", newline="") as target:
-            write_csv(store, target)
+            write_csv(target, columns, rows)
         os.replace(partial, file)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
 
 
-def write_csv(store: db.Store, target: TextIO) -> None:
+def write_csv(target: TextIO, columns: list[str], rows: Iterable[dict]) -> None:
     # Lines end as in RFC 4180. With a bare LF, Python before 3.13 leaves a CR in a cell unquoted.
-    writer = csv.DictWriter(target, COLUMNS, extrasaction="ignore")
+    writer = csv.DictWriter(target, columns, extrasaction="ignore")
     writer.writeheader()
-    for product in store.export_products():
-        cents = product["price"]
-        writer.writerow({**product, "price": f"{cents // 100}.{cents % 100:02}"})
+    for row in rows:
+        row |= {f"metadata.{name}": text for name, text in row["metadata"].items()}
+        row["price"] = f"{row['price'] // 100}.{row['price'] % 100:02}"
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
