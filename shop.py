@@ -25,6 +25,7 @@ import collections
 import configparser
 import contextlib
 import csv
+import datetime
 import decimal
 import functools
 import hashlib
@@ -2335,7 +2336,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     command = add_command("import", run_import, text, "FILE.csv [--stock]")
     text = "also set the stock of existing products"
     command.add_argument("--stock", action="store_true", help=text)
-    add_command("export", run_export, "write all products as import reads them", "[FILE.csv]")
+    text = "write all products as import reads them, or a row for each line of the orders"
+    usage = "[--orders] [FILE.csv] [--from DAY] [--to DAY]"
+    command = add_command("export", run_export, text, usage)
+    command.add_argument("--orders", action="store_true", help="write orders, not products")
+    for option, name in ("--from", "first_day"), ("--to", "last_day"):
+        command.add_argument(option, dest=name, type=day, metavar="DAY", help="YYYY-MM-DD, in UTC")
     add_command("expire", run_expire, "cancel pending orders older than ORDER_TIMEOUT")
 
     words = arguments or ["serve"]
@@ -2353,7 +2359,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     # Not left to argparse, which would report a missing file before an unknown option.
     if options.command in ("backup", "import") and file is None:
         command.error(f"{options.command} needs a file")
+    has_days = options.command == "export" and (options.first_day or options.last_day)
+    if has_days and not options.orders:
+        command.error("--from and --to need --orders")
     return options
+
+
+def day(text: str) -> str:
+    """A day as YYYY-MM-DD. Raises ValueError."""
+    if datetime.date.fromisoformat(text).isoformat() != text:
+        raise ValueError
+    return text
 
 
 def main(arguments: list[str]) -> int:
@@ -2450,6 +2466,8 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
 
 COLUMNS = ["id", "sku", *(name for name in PRODUCT_FIELDS if name not in ("sku", "metadata"))]
 COLUMN = re.compile(rf"{'|'.join(COLUMNS)}|metadata\.[A-Za-z0-9_-]{{1,40}}")
+ORDER_COLUMNS = ["order_id", "created_at", "status", "reference"]
+ORDER_COLUMNS += ["product_id", "sku", "name", "price", "quantity", "amount"]
 NO_TEXT = "this is a workbook, a web page, or text whose encoding is not UTF-8"
 
 
@@ -2606,9 +2624,12 @@ def read_number(text: str) -> Any:
 
 def run_export(settings: Settings, options: argparse.Namespace) -> int:
     store = open_store(settings._replace(read_only=True), COMMAND_LOCK_TIMEOUT)
-    rows = list(store.export_products())
-    names = {f"metadata.{name}" for product in rows for name in product["metadata"]}
-    columns = COLUMNS + sorted(names)
+    columns = ORDER_COLUMNS
+    rows: Iterable[dict] = store.export_order_lines(options.first_day, options.last_day)
+    if not options.orders:
+        rows = list(store.export_products())
+        names = {f"metadata.{name}" for product in rows for name in product["metadata"]}
+        columns = COLUMNS + sorted(names)
     if options.file in (None, "-"):
         with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
             write_csv(target, columns, rows)
@@ -2634,8 +2655,10 @@ def write_csv(target: TextIO, columns: list[str], rows: Iterable[dict]) -> None:
     writer = csv.DictWriter(target, columns, extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        row |= {f"metadata.{name}": text for name, text in row["metadata"].items()}
-        row["price"] = f"{row['price'] // 100}.{row['price'] % 100:02}"
+        row |= {f"metadata.{name}": text for name, text in row.get("metadata", {}).items()}
+        row["amount"] = row["price"] * row.get("quantity", 0)
+        for name in "price", "amount":
+            row[name] = f"{row[name] // 100}.{row[name] % 100:02}"
         writer.writerow(row)
 
 

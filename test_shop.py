@@ -4075,6 +4075,17 @@ def test_help_lists_every_command_and_every_setting(tmp_path):
         (["export", "-a b"], "unknown option '-a b'"),
         (["check", "-" + "x" * 5000], "unknown option '-xxx"),
         (["check", "a", "two\nlines" * 500], "'two"),
+        (["export", "--from", "2026-11-01"], "--from and --to need --orders"),
+        (["export", "--to", "2026-11-01", "out.csv"], "--from and --to need --orders"),
+        (["export", "--orders", "--from"], "--from"),
+        (["export", "--orders", "--from", "2026-11-31"], "--from: invalid day value: '2026-11-31'"),
+        (["export", "--orders", "--to", "20261101"], "--to"),
+        (["export", "--orders", "--to", "2026-11-1"], "--to"),
+        (["export", "--orders", "--to", "2026-W45-1"], "--to"),
+        (["export", "--orders", "--to", "2026-11-01T00:00:00Z"], "--to"),
+        (["export", "--orders", "--to", "٢٠٢٦-11-01"], "--to"),
+        (["export", "--orders", "--from", "yesterday" * 500], "--from"),
+        (["export", "--orders", "a", "b"], "export"),
         (["import", "-", "--orders"], "unknown option '--orders'"),
     ],
 )
@@ -8166,6 +8177,73 @@ def test_a_hundred_thousand_rows_are_imported_in_little_time_and_memory(tmp_path
         assert output == f"in.csv: {counts} unchanged\n"
         assert memory < 300
     assert db.check_integrity(database) == []
+
+
+@pytest.fixture
+def sold(shop, mug, database):
+    """Orders of four days, the first of which has been changed since."""
+    tea = shop.product(name='Tea; "green"', price=0.1, stock=500, sku="T-1")
+    shop("POST", "/orders/", order_of((mug["id"], 2), (tea["id"], 3)))
+    for day in range(3):
+        shop("POST", "/orders/", referring(f"cart-{day}", (tea["id"], 100 + day)))
+    shop("PATCH", "/orders/1/", {"status": "completed"})
+    shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
+    days = [
+        "2026-10-31T23:59:59Z",
+        "2026-11-01T00:00:00Z",
+        "2026-11-30T23:59:59Z",
+        "2026-12-01T00:00:00Z",
+    ]
+    with connect(database) as connection:
+        for number, created_at in enumerate(days, 1):
+            values = (created_at, number)
+            connection.execute("UPDATE orders SET created_at = ? WHERE id = ?", values)
+    return shop
+
+
+def exported_orders(command, tmp_path, *options):
+    assert command("export", "--orders", "out.csv", *options) == (0, "", "")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_export_of_orders_has_a_row_for_each_line_and_exact_sums(sold, command, tmp_path):
+    rows = exported_orders(command, tmp_path)
+    header = "order_id created_at status reference product_id sku name price quantity amount"
+    assert list(rows[0]) == header.split()
+    assert [list(row.values()) for row in rows[:3]] == [
+        ["1", "2026-10-31T23:59:59Z", "completed", "", "1", "", "Mug", "9.99", "2", "19.98"],
+        *(
+            [order, time_, status, reference, "2", "T-1", 'Tea; "green"', "0.10", quantity, amount]
+            for order, time_, status, reference, quantity, amount in [
+                ("1", "2026-10-31T23:59:59Z", "completed", "", "3", "0.30"),
+                ("2", "2026-11-01T00:00:00Z", "pending", "cart-0", "100", "10.00"),
+            ]
+        ),
+    ]
+    for order in sold("GET", "/orders/").json["orders"]:
+        amounts = [Decimal(row["amount"]) for row in rows if row["order_id"] == str(order["id"])]
+        assert sum(amounts) == Decimal(str(order["total_price"]))
+    text = (tmp_path / "out.csv").read_bytes().decode().replace("\r\n", "\n")
+    assert run_with_input(Server(tmp_path), b"", "export", "--orders") == (0, text, "")
+
+
+@pytest.mark.parametrize(
+    "options, orders",
+    [
+        ([], ["1", "1", "2", "3", "4"]),
+        (["--from", "2026-11-01"], ["2", "3", "4"]),
+        (["--to", "2026-11-30"], ["1", "1", "2", "3"]),
+        (["--from", "2026-11-01", "--to=2026-11-30"], ["2", "3"]),
+        (["--to", "2026-12-01", "--from", "2026-12-01"], ["4"]),
+        (["--from", "2026-12-02"], []),
+    ],
+)
+def test_the_export_of_orders_is_from_the_first_to_the_last_day(
+    sold, command, tmp_path, options, orders
+):
+    rows = exported_orders(command, tmp_path, *options)
+    assert [row["order_id"] for row in rows] == orders
 
 
 def test_five_thousand_rows_are_imported_in_a_moment(tmp_path, database):
