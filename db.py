@@ -745,9 +745,7 @@ class Store(Database):
         changes. Raises DuplicateSku.
         """
         if before is None or product["sku"] != before["sku"]:
-            other = self._find_sku(connection, product["sku"])
-            if other is not None:
-                raise DuplicateSku(other, product["sku"])
+            self._require_free_sku(connection, product["sku"])
         statement = SAVE_PRODUCT + " RETURNING " + PRODUCT_COLUMNS
         [row] = connection.execute(statement, encode(product)).fetchall()
         texts = ("name", "description")
@@ -759,11 +757,12 @@ class Store(Database):
         return decode(row)
 
     @staticmethod
-    def _find_sku(connection: sqlite3.Connection, sku: str) -> int | None:
-        """The id of the product with this sku, if there is one."""
+    def _require_free_sku(connection: sqlite3.Connection, sku: str) -> None:
+        """Raise DuplicateSku if a product has this sku."""
         sql = "SELECT id FROM product WHERE sku = :sku AND sku <> ''"
-        row = connection.execute(sql, {"sku": sku}).fetchone()
-        return row["id"] if row else None
+        other = connection.execute(sql, {"sku": sku}).fetchone()
+        if other:
+            raise DuplicateSku(other["id"], sku)
 
     @staticmethod
     def _record_movement(
@@ -803,6 +802,8 @@ class Store(Database):
 
     def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
         """The rows of a query as they are read, through a connection of its own."""
+        if not self.read_only:
+            self._reader()  # opens a file that was locked when the Store was made
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             with contextlib.closing(self._connect(mode)) as reader:
@@ -810,39 +811,41 @@ class Store(Database):
         except sqlite3.Error as error:
             raise translate_error(error) from error
 
-    def import_products(self, rows: Iterable[dict]) -> tuple[int, int]:
-        """Add and change products in one transaction; return how many were added and changed.
+    def import_products(self, rows: Iterable[dict]) -> tuple[int, int, int]:
+        """Add and change products, row by row, in one transaction.
 
-        rows: fields as in create_product. A row with the id of a product, or without an id but
-        with the sku of one, changes these fields of it as update_product does; a product that has
-        these values already is neither written nor counted. No two rows may have one new sku.
-        Raises NotFound, DuplicateSku, ExcessiveMetadata, and then nothing has changed.
+        rows: fields as in create_product, or with the id of a product, fields to change as in
+        update_product. Returns how many products were added, changed, and found to have these
+        values already, which writes nothing. Raises NotFound, DuplicateSku, ExcessiveMetadata,
+        and then nothing has changed.
         """
-        new = []
-        changed = 0
+        counts = {"added": 0, "changed": 0, "unchanged": 0}
         with self.transaction() as connection:
-            for row in rows:
-                product_id = row.get("id")
-                if product_id is None:
-                    product_id = self._find_sku(connection, row.get("sku", ""))
-                if product_id is None:
-                    new.append(merge(PRODUCT_DEFAULTS, row))
-                    continue
-                before = self._lock_product(connection, product_id, None)
-                product = merge(before, {**row, "id": product_id})
-                if product != before:
-                    self._save_product(connection, product, before, "import")
-                    changed += 1
-            # All new ones at once, in a quarter of the time that _save_product takes for each.
             [(last,)] = connection.execute("""
                 SELECT coalesce(max(seq), 0)
                   FROM sqlite_sequence
                  WHERE name = 'product'
             """).fetchall()
-            connection.executemany(SAVE_PRODUCT, map(encode, new))
+            for row in rows:
+                counts[self._import_product(connection, row)] += 1
+            # For all new ones at once, in a quarter of the time that _save_product takes for each.
             fill_search(connection, after=last)
             open_balances(connection, after=last, note="import")
-        return len(new), changed
+        return counts["added"], counts["changed"], counts["unchanged"]
+
+    def _import_product(self, connection: sqlite3.Connection, row: dict) -> str:
+        """Add or change one product, without search and ledger of a new one; say which."""
+        if row.get("id") is None:
+            product = merge(PRODUCT_DEFAULTS, row)
+            self._require_free_sku(connection, product["sku"])
+            connection.execute(SAVE_PRODUCT, encode(product))
+            return "added"
+        before = self._lock_product(connection, row["id"], None)
+        product = merge(before, row)
+        if product == before:
+            return "unchanged"
+        self._save_product(connection, product, before, "import")
+        return "changed"
 
     # --- orders
 

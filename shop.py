@@ -25,12 +25,16 @@ import collections
 import configparser
 import contextlib
 import csv
+import datetime
 import decimal
 import functools
 import hashlib
 import hmac
 import http.client
 import inspect
+import io
+import ipaddress
+import itertools
 import json
 import math
 import os
@@ -46,10 +50,11 @@ import textwrap
 import time
 import traceback
 import types
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn, TextIO
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("shop: Python 3.11 or later is needed, this is " + sys.version.split()[0])
@@ -1067,13 +1072,16 @@ def open_application(settings: "Settings", lock_timeout: float) -> Application:
 
 
 def open_store(settings: "Settings", lock_timeout: float) -> db.Store:
-    return db.Store(
-        settings.database,
-        lock_timeout=lock_timeout,
-        read_only=settings.read_only,
-        autocheckpoint=not settings.litestream,
-        trace=log_statement if settings.debug else None,
-    )
+    try:
+        return db.Store(
+            settings.database,
+            lock_timeout=lock_timeout,
+            read_only=settings.read_only,
+            autocheckpoint=not settings.litestream,
+            trace=log_statement if settings.debug else None,
+        )
+    except db.DatabaseError as error:
+        raise db.DatabaseError(f"DATABASE_URL: {error}") from error
 
 
 def log_statement(sql: str) -> None:
@@ -1663,6 +1671,8 @@ class Settings(NamedTuple):
     order_timeout: float | None = None  # minutes
     host: str = "127.0.0.1"
     port: int = 8000
+    url_prefix: str = ""  # or /shop
+    trusted_proxy: str | None = None  # an IP address, or *
     debug: bool = False
     access_log: bool = True
     read_only: bool = False
@@ -1681,9 +1691,13 @@ def shown(value: str) -> str:
 
 def read_database_url(name: str, url: str) -> str:
     path = url.removeprefix("sqlite:///")
-    if path == url or path in ("", "/", ":memory:") or "\0" in path:
-        wanted = "sqlite:///FILE, or sqlite:////FILE for an absolute path"
-        raise ConfigError(f"{name} must be {wanted}, not {shown(url)}.")
+    wanted = f"{name} must be sqlite:///FILE, or sqlite:////FILE for an absolute path"
+    if path == url:
+        # Nothing else is shown: the URL of another database may hold a password.
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", url)
+        raise ConfigError(f"{wanted}{f', not {shown(scheme[0])}' if scheme else ''}.")
+    if path in ("", "/", ":memory:") or re.search(r"[?#\0]", path):
+        raise ConfigError(f"{wanted}, without ? and #, not {shown(url)}.")
     if os.path.isdir(path):
         raise ConfigError(f"{name} names a directory, {shown(path)}: it must be a file.")
     folder = os.path.dirname(path) or "."
@@ -1709,14 +1723,56 @@ def read_token(name: str, token: str) -> str:
     return token
 
 
+def read_url_prefix(name: str, text: str) -> str:
+    if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*/?", text):
+        rule = "a path such as /shop, of letters, digits and ._~- between slashes"
+        raise ConfigError(f"{name} must be {rule}, not {shown(text)}.")
+    return text.removesuffix("/")
+
+
+def read_proxy(name: str, text: str) -> str:
+    try:
+        return text if text == "*" else str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise ConfigError(f"{name} must be an IP address or *, not {shown(text)}.") from error
+
+
 def read_origins(name: str, text: str) -> frozenset[str]:
-    origins = text.replace(",", " ").split()
-    for origin in origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+", origin):
-            raise ConfigError(
-                f"{name} must be * or origins such as https://shop.example, not {shown(origin)}."
-            )
+    origins = set()
+    for origin in text.replace(",", " ").split():
+        try:
+            origins.add(origin if origin == "*" else normalize_origin(origin))
+        except ValueError as error:
+            wanted = "* or origins such as https://shop.example or https://xn--strae-oqa.example"
+            raise ConfigError(f"{name} must be {wanted}, not {shown(origin)}.") from error
     return frozenset(origins)
+
+
+def normalize_origin(text: str) -> str:
+    """An origin as browsers send it. Raises ValueError if they never do, or Python may differ.
+
+    Python's codec follows IDNA 2003, browsers follow UTS 46: a host in which either would change
+    more than capitals and the composition of letters is rejected.
+    """
+    parts = urlsplit(text)
+    origin = f"{parts.scheme}://{parts.netloc}"
+    # Browsers drop variation selectors, the last ones here; the codec only those of Unicode 3.2.
+    never = "^(file|wss?):|@|:$|[\u180f\U000e0100-\U000e01ef]"
+    if text.lower() != origin.lower() or re.search(never, origin):
+        raise ValueError
+    host = unicodedata.normalize("NFC", parts.hostname or "")
+    if host != unicodedata.normalize("NFKC", host.casefold()) or not host.isprintable():
+        raise ValueError
+    encoded = f"[{ipaddress.IPv6Address(host)}]" if "[" in text else host.encode("idna").decode()
+    if not host.isascii() and encoded.encode().decode("idna") != host:
+        raise ValueError
+    if not re.fullmatch(r"\[[0-9a-f:]+\]|[a-z0-9_.-]*[a-z0-9_-]\.?", encoded):
+        raise ValueError
+    if re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", encoded):
+        ipaddress.IPv4Address(encoded)  # of any other number browsers make an address
+    default_port = {"http": 80, "https": 443}.get(parts.scheme)
+    port = "" if parts.port in (None, default_port) else f":{parts.port}"
+    return f"{parts.scheme}://{encoded}{port}"
 
 
 def read_minutes(name: str, text: str) -> float:
@@ -1740,6 +1796,8 @@ READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "ORDER_TIMEOUT": ("order_timeout", read_minutes),
     "HOST": ("host", lambda name, text: text),
     "PORT": ("port", read_port),
+    "URL_PREFIX": ("url_prefix", read_url_prefix),
+    "TRUSTED_PROXY": ("trusted_proxy", read_proxy),
     "DEBUG": ("debug", read_flag),
     "ACCESS_LOG": ("access_log", read_flag),
     "READ_ONLY": ("read_only", read_flag),
@@ -2230,6 +2288,8 @@ SETTINGS_HELP = """\
 Settings come from the environment, and from a file .env in the working directory:
     DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
     HOST, PORT     where to listen: 127.0.0.1, 8000
+    URL_PREFIX     the path under which a proxy publishes the shop, such as /shop
+    TRUSTED_PROXY  the IP address of the proxy whose X-Forwarded-For the log shows, or *
     ADMIN_TOKEN    what Authorization: Bearer must carry, except to read products and, without
                    ORDER_TOKEN, to order; not set: everything is open to everyone
     ORDER_TOKEN    what it must carry to place an order, if not ADMIN_TOKEN; needs ADMIN_TOKEN
@@ -2240,7 +2300,7 @@ Settings come from the environment, and from a file .env in the working director
     READ_ONLY      false; true serves a copy that another process renews, and rejects writes
     LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
 """
-COMMAND_LOCK_TIMEOUT = 30  # seconds that a command waits for the shop to finish a write
+COMMAND_LOCK_TIMEOUT = 4.5  # seconds that a command waits, for the file and again for its writes
 
 
 class Parser(argparse.ArgumentParser):
@@ -2276,7 +2336,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     command = add_command("import", run_import, text, "FILE.csv [--stock]")
     text = "also set the stock of existing products"
     command.add_argument("--stock", action="store_true", help=text)
-    add_command("export", run_export, "write all products as import reads them", "[FILE.csv]")
+    text = "write all products as import reads them, or a row for each line of the orders"
+    usage = "[--orders] [FILE.csv] [--from DAY] [--to DAY]"
+    command = add_command("export", run_export, text, usage)
+    command.add_argument("--orders", action="store_true", help="write orders, not products")
+    for option, name in ("--from", "first_day"), ("--to", "last_day"):
+        command.add_argument(option, dest=name, type=day, metavar="DAY", help="YYYY-MM-DD, in UTC")
     add_command("expire", run_expire, "cancel pending orders older than ORDER_TIMEOUT")
 
     words = arguments or ["serve"]
@@ -2294,7 +2359,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     # Not left to argparse, which would report a missing file before an unknown option.
     if options.command in ("backup", "import") and file is None:
         command.error(f"{options.command} needs a file")
+    has_days = options.command == "export" and (options.first_day or options.last_day)
+    if has_days and not options.orders:
+        command.error("--from and --to need --orders")
     return options
+
+
+def day(text: str) -> str:
+    """A day as YYYY-MM-DD. Raises ValueError."""
+    if datetime.date.fromisoformat(text).isoformat() != text:
+        raise ValueError
+    return text
 
 
 def main(arguments: list[str]) -> int:
@@ -2309,9 +2384,12 @@ def main(arguments: list[str]) -> int:
             raise
         lines = [f"{options.file or 'standard output'}: {error.strerror}."]
     except SpreadsheetError as error:
-        lines = [f"{options.file}, {line}" for line in error.args]
-        lines.append("nothing has been imported.")
-    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable, db.NotFound) as error:
+        lines = [f"{options.file}: {fault}" for fault in error.args]
+        lines[-1] += " Nothing has been imported."
+    except (db.NotFound, db.DuplicateSku, db.ExcessiveMetadata) as error:
+        # Somebody has changed a product since the rows were checked.
+        lines = [f"{options.file}: {error} Nothing has been imported."]
+    except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
         lines = [str(error)]
     for line in lines:
         print(f"shop: {' '.join(line.split())}", file=sys.stderr)
@@ -2384,128 +2462,204 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-# Spreadsheets: CSV in UTF-8, with a header line.
+# Spreadsheets: CSV with a header line, as spreadsheet programs of any country save it.
 
-COLUMNS = ["id", *(name for name in PRODUCT_FIELDS if name != "metadata")]
+COLUMNS = ["id", "sku", *(name for name in PRODUCT_FIELDS if name not in ("sku", "metadata"))]
+COLUMN = re.compile(rf"{'|'.join(COLUMNS)}|metadata\.[A-Za-z0-9_-]{{1,40}}")
+ORDER_COLUMNS = ["order_id", "created_at", "status", "reference"]
+ORDER_COLUMNS += ["product_id", "sku", "name", "price", "quantity", "amount"]
+NO_TEXT = "this is a workbook, a web page, or text whose encoding is not UTF-8"
 
 
 class SpreadsheetError(Exception):
-    """A spreadsheet cannot be imported; each argument says what is wrong with a line."""
+    """A spreadsheet cannot be imported; each argument says what is wrong with it, or a line."""
 
 
 def run_import(settings: Settings, options: argparse.Namespace) -> int:
-    file = 0 if options.file == "-" else options.file
+    with open(0 if options.file == "-" else options.file, "rb") as file:
+        data = file.read()
     store = open_store(settings, COMMAND_LOCK_TIMEOUT)
-    # Bytes that are not UTF-8 become surrogates, which the rules of the API reject, line by line.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as source:
-        # Every row is checked first, so that the lock is held for no more than the writing.
-        rows = read_rows(source, store, options.stock)
-    added, changed = store.import_products(rows)
+    # Every row is checked first, so that the lock is held for no more than the writing.
+    rows, differing = read_rows(data, store, options.stock)
+    added, changed, unchanged = store.import_products(rows)
     store.close()
-    print(f"{options.file}: {added} products added, {changed} changed")
+    if differing:
+        stocks = f"the stock of {differing} product{'s' if differing > 1 else ''} differs"
+        print(f"shop: {options.file}: {stocks}: --stock would change it.", file=sys.stderr)
+    print(f"{options.file}: {added} products added, {changed} changed, {unchanged} unchanged")
     return 0
 
 
-def read_rows(source: TextIO, store: db.Store, with_stock: bool) -> list[dict]:
-    """The rows as import_products() takes them. Raises SpreadsheetError with every faulty line."""
-    reader = csv.reader(source, strict=True)  # or a quote without end would swallow the rest
-    rows: list[dict] = []
-    errors: list[str] = []
+def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row with a value: the line in which it begins, and its cells by their columns.
+
+    Values in columns without a name are under "". Raises SpreadsheetError.
+    """
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    source = io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
+    columns: list[str] = []
     line = 1  # in which a row begins: cells may hold line breaks
     try:
-        columns = next(reader, [])
-        if not columns or set(columns) - set(COLUMNS) or len(set(columns)) < len(columns):
-            wanted = f"columns out of {','.join(COLUMNS)}, each once, separated by commas"
-            header = shown(",".join(columns))
-            raise SpreadsheetError(f"line 1: the header must name {wanted}, not {header}.")
-        known = {product["id"] for product in store.export_products()}
-        validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
-        line = reader.line_num + 1
-        for number, cells in enumerate(reader, 1):
-            if cells:
-                row, messages = read_row(columns, cells, known, with_stock, validators)
-                errors += [f"line {line}: {message}." for message in messages]
-                rows.append(row)
+        data.decode(encoding)  # all of it now, before any row is reported
+        first = next((text for text in source if re.search(r'[^\s,;"]', text)), "")
+        source.seek(0)
+        if first.lstrip().startswith(("PK\3\4", "<")) or "\0" in first:
+            raise UnicodeError  # a ZIP file, HTML or XML, or UTF-16 without a byte order mark
+        hint = re.fullmatch(r'[\s"]*sep=([,;\t])[\s,;"]*', first, re.IGNORECASE)
+        separator = hint[1] if hint else max(",;\t", key=first.count)
+        # Strict, because a quote without end would swallow the rest.
+        reader = csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True)
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            pairs = itertools.zip_longest(columns, cells, fillvalue="")
+            if any(cells) and columns:
+                yield line, dict(pair for pair in pairs if any(pair))
+            elif any(cells) and not hint:
+                columns = read_header(cells, line)
+            elif any(cells):
+                hint = None
             line = reader.line_num + 1
+    except csv.Error as error:
+        raise SpreadsheetError(f"line {line}: {error}; the rest has not been checked.") from error
+    except UnicodeError as error:
+        raise SpreadsheetError(f"{NO_TEXT}: save the table as CSV UTF-8.") from error
+    if not columns:
+        raise SpreadsheetError("there is no header line.")
+
+
+def read_header(cells: list[str], line: int) -> list[str]:
+    columns = [re.sub("^[^.]+", lambda match: match[0].lower(), cell) for cell in cells]
+    for cell, column in zip(cells, columns, strict=True):
+        if column and (not COLUMN.fullmatch(column) or columns.count(column) > 1):
+            wanted = f"the header must name columns out of {','.join(COLUMNS)} and metadata.NAME"
+            raise SpreadsheetError(f"line {line}: {wanted}, each once, not {shown(cell)}.")
+    return columns
+
+
+def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict], int]:
+    """The rows as import_products() takes them, and how many differ in a stock that they must keep.
+
+    Raises SpreadsheetError with every faulty line.
+    """
+    products = {product["id"]: product for product in store.export_products()}
+    ids = {product["sku"]: product["id"] for product in products.values() if product["sku"]}
+    owners = dict(ids)  # of each sku after the rows so far; a new product has a negative id
+    validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
+    lines: dict[int, int] = {}  # in which the products are
+    rows = []
+    errors: list[str] = []
+    differing = 0
+    try:
+        for number, (line, cells) in enumerate(read_table(data), 1):
+            id_text = cells.pop("id", "")
+            product_id = ids.get(cells.get("sku", ""), -line)
+            if id_text:
+                product_id = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
+            product = products.get(product_id)
+            row, faults = read_row(cells, product, validators[product_id >= 0])
+            sku = row.get("sku", product["sku"] if product else "")
+            if product and sku != product["sku"]:
+                owners.pop(product["sku"], None)
+            if sku and owners.setdefault(sku, product_id) != product_id:
+                faults.append(f"another product or row has the sku {shown(sku)}")
+            if id_text and not product:
+                faults.append(f"there is no product with the id {shown(id_text)}")
+            if product and lines.setdefault(product_id, line) != line:
+                faults.append(f"line {lines[product_id]} is for product {product_id} as well")
+            if product:
+                row["id"] = product_id
+                if not with_stock:
+                    differing += row.pop("stock", product["stock"]) != product["stock"]
+            rows.append(row)
+            errors += [f"line {line}: {fault}." for fault in faults]
             if number % 10_000 == 0 and sys.stderr.isatty():
                 print(f"\r{number} rows checked", end="\r", file=sys.stderr)
-    except csv.Error as error:
-        errors.append(f"line {line}: {error}; the rest has not been checked.")
+    except SpreadsheetError as error:
+        errors += error.args
     if errors:
         raise SpreadsheetError(*errors)
-    return rows
+    return rows, differing
 
 
 def read_row(
-    columns: list[str],
-    cells: list[str],
-    known: set[int],
-    with_stock: bool,
-    validators: tuple[Validator, Validator],
+    cells: dict[str, str], product: dict | None, validator: Validator
 ) -> tuple[dict, list[str]]:
-    """A row as fields of a product, by the rules of the API; and what is wrong with it."""
-    if len(cells) != len(columns):
-        return {}, [f"there are {len(cells)} cells, the header has {len(columns)}"]
-    fields: dict[str, Any] = dict(zip(columns, cells, strict=True))
-    id_text = fields.pop("id", "")
-    for name in {"price", "stock"} & fields.keys():
-        fields[name] = read_number(fields[name])
-    messages = []
+    """A row as fields of a new product, or of this one, by the rules of the API; and its faults."""
+    fields: dict[str, Any] = {}
+    for column, cell in cells.items():
+        kind, _, name = column.partition(".")
+        known = product and (product["metadata"].get(name) if name else product.get(kind))
+        if isinstance(known, str) and known.strip() == cell:
+            cell = known  # white space around a cell does not count
+        if name and (cell or known is not None):
+            fields.setdefault("metadata", {})[name] = cell if cell or cell == known else None
+        elif kind == "price" or (kind == "stock" and cell):
+            fields[kind] = read_number(cell)
+        elif kind not in ("stock", "metadata"):
+            fields[kind] = cell
+    faults = []
+    if fields.pop("", ""):
+        faults.append(f"a column without a name has the value {shown(cells[''])}")
     row: dict[str, Any] = {}
-    if id_text:
-        if not with_stock:
-            fields.pop("stock", None)
-        if not fields:
-            return {}, ["there is nothing to change: a stock is only set with --stock"]
-        row["id"] = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
-        if row["id"] not in known:
-            messages.append(f"no product with id {shown(id_text)}, or the id appears twice")
-        known.discard(row["id"])
-    elif fields.get("stock") == "":
-        del fields["stock"]
     try:
-        row |= validate(fields, validators[bool(id_text)])
+        row = validate(fields, validator) if fields else {}
+        db.merge(product or db.PRODUCT_DEFAULTS, row)
+    except db.ExcessiveMetadata as error:
+        faults.append(f"metadata {error}")
     except ValidationError as error:
-        messages += [f"{field_name(path)} {message}" for path, message in error.errors]
-    return row, messages
+        for path, message in error.errors:
+            column = ".".join(path)
+            value = f": {shown(cells[column])}" if column in cells else ""
+            faults.append(f"{column} {message}{value}")
+    return row, faults
 
 
 def read_number(text: str) -> Any:
-    """A cell as JSON has it: a number where it is one, else the text, which is rejected later."""
-    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
-        return parse_decimal(text) if "." in text else parse_int(text)
-    return text
+    """A number for the validator; or, since 1,299 is one thing or another, a text it rejects."""
+    if not re.fullmatch(r"-?[0-9]+([.,][0-9]{1,2})?", text):
+        return text
+    text = text.replace(",", ".")
+    return parse_decimal(text) if "." in text else parse_int(text)
 
 
 def run_export(settings: Settings, options: argparse.Namespace) -> int:
-    store = db.Store(settings.database, read_only=True)
+    store = open_store(settings._replace(read_only=True), COMMAND_LOCK_TIMEOUT)
+    columns = ORDER_COLUMNS
+    rows: Iterable[dict] = store.export_order_lines(options.first_day, options.last_day)
+    if not options.orders:
+        rows = list(store.export_products())
+        names = {f"metadata.{name}" for product in rows for name in product["metadata"]}
+        columns = COLUMNS + sorted(names)
     if options.file in (None, "-"):
         with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
-            write_csv(store, target)
+            write_csv(target, columns, rows)
     else:
-        export_file(store, options.file)
+        export_file(options.file, columns, rows)
     return 0
 
 
-def export_file(store: db.Store, file: str) -> None:
+def export_file(file: str, columns: list[str], rows: Iterable[dict]) -> None:
     """Write a file as a whole, or leave what was there."""
     partial = f"{file}.partial-{os.getpid()}"
     try:
         with open(partial, "w", encoding="utf-8", newline="") as target:
-            write_csv(store, target)
+            write_csv(target, columns, rows)
         os.replace(partial, file)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
 
 
-def write_csv(store: db.Store, target: TextIO) -> None:
+def write_csv(target: TextIO, columns: list[str], rows: Iterable[dict]) -> None:
     # Lines end as in RFC 4180. With a bare LF, Python before 3.13 leaves a CR in a cell unquoted.
-    writer = csv.DictWriter(target, COLUMNS, extrasaction="ignore")
+    writer = csv.DictWriter(target, columns, extrasaction="ignore")
     writer.writeheader()
-    for product in store.export_products():
-        cents = product["price"]
-        writer.writerow({**product, "price": f"{cents // 100}.{cents % 100:02}"})
+    for row in rows:
+        row |= {f"metadata.{name}": text for name, text in row.get("metadata", {}).items()}
+        row["amount"] = row["price"] * row.get("quantity", 0)
+        for name in "price", "amount":
+            row[name] = f"{row[name] // 100}.{row[name] % 100:02}"
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
