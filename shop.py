@@ -246,6 +246,7 @@ AFTER = ID | {
 }
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items per page."}
 NO_QUERY = object_schema()
+ANY_QUERY = object_schema()  # ignored: a monitor adds one to every request
 
 
 def sort_schema(orders: dict) -> dict:
@@ -334,7 +335,7 @@ def get_index(secured):
     return json_response({name: mount_point() + path for name, path in INDEX.items()})
 
 
-@api.get("/healthz", spec=Spec(HEALTH, access="nobody"))
+@api.get("/healthz", spec=Spec(HEALTH, query=ANY_QUERY, access="nobody"))
 def get_health(store):
     """Report whether the database can be read."""
     store.check_health()
@@ -735,22 +736,23 @@ class Plugin:
             if spec.access in self.tokens:
                 authorize(environ, self.tokens[spec.access])
             arguments = {"store": self.store, "secured": self.secured, **path_ids}
-            arguments["query"] = read_query(environ, spec.query, query_validator)
+            if spec.query is not ANY_QUERY:
+                arguments["query"] = read_query(environ, spec.query, query_validator)
             arguments["if_match"] = read_if_match(environ)
-            raw = b""
+            body = None
             if body_validator:
                 raw = read_body(environ, spec.media_types)
-                arguments["body"] = parse_body(raw, body_validator)
+                body = arguments["body"] = parse_body(raw, body_validator)
             action = functools.partial(callback, **{name: arguments[name] for name in names})
             if environ["REQUEST_METHOD"] == "POST" and "HTTP_IDEMPOTENCY_KEY" in environ:
-                return self.respond_once(environ, raw, action)
-            body = action()
+                return self.respond_once(environ, body, action)
+            response = action()
             if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
                 bottle.response.headers.setdefault("Cache-Control", "no-cache")
                 if is_known(environ):
                     bottle.response.status = 304
                     return b""
-            return body
+            return response
 
         def call(**path_ids: int) -> Any:
             environ = bottle.request.environ
@@ -763,26 +765,21 @@ class Plugin:
 
         return call
 
-    def respond_once(self, environ: dict, raw: bytes, action: Callable) -> bytes:
+    def respond_once(self, environ: dict, body: Any, action: Callable) -> bytes:
         """Run a route and store its response with its work; a repeat gets that response again."""
         key = read_key(environ["HTTP_IDEMPOTENCY_KEY"])
-        digest = fingerprint(environ, raw)
+        digest = fingerprint(environ, body)
         response = bottle.response
         with self.store.transaction():
             stored = self.store.get_idempotent(key, digest)
             if stored is None:
-                body = action()
-                location = response.get_header("Location")
-                result = [
-                    response.status_code,
-                    location,
-                    body.decode(),
-                    response.get_header("ETag"),
-                ]
+                content = action()
+                location, etag = response.get_header("Location"), response.get_header("ETag")
+                result = [response.status_code, location, content.decode(), etag]
                 self.store.save_idempotent(key, digest, result)
-                return body
-        status, location, text, *etag = stored  # keys from before version 2 have no ETag
-        sent = {"Location": location, "ETag": etag and etag[0], "Idempotent-Replayed": "true"}
+                return content
+        status, location, text, *etags = stored  # keys from before version 2 have no ETag
+        sent = {"Location": location, "ETag": etags and etags[0], "Idempotent-Replayed": "true"}
         sent = {name: value for name, value in sent.items() if value}
         return json_response(text.encode(), status, **sent)
 
@@ -858,11 +855,11 @@ def read_key(header: str) -> str:
     return re.sub(r"\\(.)", r"\1", header[1:-1]) if header.startswith('"') else header
 
 
-def fingerprint(environ: dict, raw: bytes) -> str:
-    """What makes two requests with one Idempotency-Key the same request."""
+def fingerprint(environ: dict, body: Any) -> str:
+    """What makes two requests with one Idempotency-Key the same: not how their JSON is written."""
     path = environ["PATH_INFO"].rstrip("/") + "/"
-    request = (environ["REQUEST_METHOD"], path, raw)
-    return hashlib.blake2b(repr(request).encode(), digest_size=12).hexdigest()
+    request = json.dumps([environ["REQUEST_METHOD"], path, body], sort_keys=True)
+    return hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
 
 
 def read_body(environ: dict, media_types: tuple) -> bytes:
@@ -910,7 +907,7 @@ def parse_body(raw: bytes, validator: "Validator") -> Any:
     if not raw:
         raise Problem(400, "The body is empty: send a JSON object.")
     try:
-        value = json_decode(raw.decode("utf-8"))
+        value = json_decode(raw.decode("utf-8-sig"))  # Windows puts a byte order mark in front
     except UnicodeDecodeError as error:
         raise Problem(400, f"The body is not UTF-8: see byte {error.start}.") from None
     except RecursionError:
@@ -991,15 +988,15 @@ class Application:
             environ["PATH_INFO"] = quote(path, encoding="latin-1", errors="replace")
 
         def start(status: str, headers: list, exc_info=None):
-            if self.cors_origins:
-                headers = self.allow_origin(environ, headers)
             # Without exc_info: a Bottle that mounts this one would raise it again.
-            return start_response(status, headers)
+            return start_response(status, self.allow_origin(environ, headers))
 
         return self.bottle(environ, start)
 
     def allow_origin(self, environ: dict, headers: list) -> list:
         """The headers, and those that let a page of an origin in CORS_ORIGINS see the response."""
+        if not self.cors_origins:
+            return headers
         origin = environ.get("HTTP_ORIGIN")
         allowed = "*" if "*" in self.cors_origins else origin
         added = {}
@@ -1013,7 +1010,8 @@ class Application:
             allow = dict(headers).get("Allow")
             if allow and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
                 added["Access-Control-Allow-Methods"] = allow
-                added["Access-Control-Allow-Headers"] = CORS_REQUEST
+                asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS")
+                added["Access-Control-Allow-Headers"] = asked or CORS_REQUEST
                 added["Access-Control-Max-Age"] = "600"
         return [*headers, *added.items()]
 
@@ -1876,12 +1874,17 @@ TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[01]\r\n")
 FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
 BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
-CODING = re.compile(rb"\r\nTransfer-Encoding:[ \t]*([^\r]*?)[ \t]*(?=\r)", re.IGNORECASE)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 # What waitress would skip, or wait behind: no method at the start, a bare CR or LF.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
 CLOSE = b"Connection: close\r\n"
 REFUSALS = {413: TOO_LARGE, 431: f"The headers may have {MAX_HEADER} bytes."}
+
+
+def header_values(head: bytes, name: bytes) -> list[str]:
+    """The values of a header in a head, one for each line that has it."""
+    values = re.findall(rb"\r\n%b:([^\r]*)" % name, head, re.IGNORECASE)
+    return [value.decode("latin-1").strip(" \t") for value in values]
 
 
 class Response(NamedTuple):
@@ -1936,9 +1939,9 @@ class Request(waitress.parser.HTTPRequestParser):
         host = self.headers.get("HOST", "" if self.version == "1.0" else None)
         if host is None or not VALID_HOST.fullmatch(host):  # RFC 9112, 3.2
             raise ParsingError("HTTP/1.1 needs exactly one valid Host header.")
-        codings = CODING.findall(self.raw)
+        codings = header_values(header_plus, b"Transfer-Encoding")
         has_length = self.version == "1.0" or "CONTENT_LENGTH" in self.headers
-        if codings and (has_length or b",".join(codings).lower() != b"chunked"):
+        if codings and (has_length or ",".join(codings).lower() != "chunked"):
             raise ParsingError("Ambiguous message length.")  # RFC 9112, 6.1 and 6.3
         if "close" in self.headers.get("CONNECTION", "").lower():
             self.connection_close = True
@@ -1953,23 +1956,15 @@ class Request(waitress.parser.HTTPRequestParser):
         self.response = Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_last)
         return self.response
 
-    def refuse(self, problem=None):
-        """Respond with a problem; without one, with what waitress found wrong."""
-        error = self.error
-        problem = problem or Problem(error.code, REFUSALS.get(error.code, error.body))
-        headers = [*problem.headerlist, ("Content-Length", str(len(problem.body)))]
-        is_head = (self.header_plus or self.raw).lstrip().startswith(b"HEAD ")  # RFC 9110, 9.3.2
-        self.respond(problem.status_line, headers, b"" if is_head else problem.body)
-
 
 class Task(waitress.task.WSGITask):
     """Sends the response to a request, which has been computed before."""
 
     def execute(self):
-        if not self.request.response:
-            self.request.refuse()
-        _, head, body, is_last = self.request.response
         loop = self.channel.server.task_dispatcher
+        if not self.request.response:
+            loop.refuse(self.request)
+        _, head, body, is_last = self.request.response
         self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
         self.wrote_header = True  # or waitress would write its own
         end = CLOSE if self.close_on_finish else b""
@@ -2052,6 +2047,7 @@ class Loop:
     def __init__(self, app: Application, settings: Settings):
         self.app = app
         self.store = app.store
+        self.trusted_proxy = settings.trusted_proxy
         self.has_log = settings.access_log and sys.stdout is not None
         self.map: dict[int, Any] = {}  # waitress's, of sockets by descriptor
         self.ready: collections.deque[Channel] = collections.deque()  # with a complete request
@@ -2068,6 +2064,7 @@ class Loop:
         adj = waitress.adjustments.Adjustments(
             host=settings.host,
             port=settings.port,
+            url_prefix=settings.url_prefix,
             clear_untrusted_proxy_headers=False,
             connection_limit=allow_connections(),
             recv_bytes=RECV_BYTES,
@@ -2136,12 +2133,13 @@ class Loop:
             self.slow_reads.clear()
             problem = problem_for(error)
             for channel in channels:
-                channel.requests[0].refuse(problem)
+                self.refuse(channel.requests[0], problem)
         lines = []
         for channel in channels:
             request = channel.requests[0]
             if request.response:
-                lines.append(access_line(now, channel, request, request.response))
+                client = self.client_address(channel, request)
+                lines.append(access_line(now, client, channel.received_at, request))
                 channel.service()
         while self.slow_reads:
             self.thread.add_task(self.slow_reads.pop(0))
@@ -2171,7 +2169,7 @@ class Loop:
             elif not request.response or (request.is_write and not is_final):
                 self.respond(channel)  # a write has a transaction of its own now
             elif request.is_write and request.response.status < "400":
-                request.refuse(unavailable(failure))
+                self.refuse(request, unavailable(failure))
 
     def respond(self, channel: Channel) -> None:
         """Compute the response to the first request of a channel, or let the thread do it."""
@@ -2182,7 +2180,7 @@ class Loop:
         if not (request.headers_finished or request.error):
             request.received(request.raw)  # its response was in the cache of the turn before
         if request.error:
-            request.refuse()
+            self.refuse(request)
             return
         environ = Task(channel, request).get_environment()
         if not request.is_write and self.app.is_slow(environ):
@@ -2207,11 +2205,30 @@ class Loop:
             status, headers, *_ = started[-1]
             response = request.respond(status, headers, body)
         except Exception as error:
-            request.refuse(problem_for(error))
+            self.refuse(request, problem_for(error))
             return
         if "Etag" in dict(headers) and not request.is_write and not request.body_rcv:
             cache[request.raw] = response
             self.cache_size += len(request.raw) + len(response.head) + len(body)
+
+    def refuse(self, request: Request, problem: Problem | None = None) -> None:
+        """Respond with a problem; without one, with what waitress found wrong."""
+        error = request.error
+        problem = problem or Problem(error.code, REFUSALS.get(error.code, error.body))
+        head = max(request.raw, request.header_plus, key=len)  # of one too large, what has come
+        environ = {"HTTP_ORIGIN": ", ".join(header_values(head, b"Origin"))}
+        length = ("Content-Length", str(len(problem.body)))
+        headers = self.app.allow_origin(environ, [*problem.headerlist, length])
+        body = b"" if head.lstrip().startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
+        request.respond(problem.status_line, headers, body)
+
+    def client_address(self, channel: Channel, request: Request) -> str:
+        """Where a request comes from: what the proxy says, if it is trusted and says an address."""
+        if self.trusted_proxy in ("*", channel.addr[0]):
+            forwarded = ",".join(header_values(request.raw, b"X-Forwarded-For"))
+            with contextlib.suppress(ValueError):
+                return str(ipaddress.ip_address(forwarded.rpartition(",")[2].strip(" \t")))
+        return channel.addr[0]
 
     def close_late_channels(self) -> None:
         now = time.monotonic()
@@ -2263,15 +2280,15 @@ def write_log(text: str) -> None:
             lines = lines[end:]
 
 
-def access_line(now: float, channel: Channel, request: Request, response: Response) -> str:
+def access_line(now: float, client: str, received_at: float, request: Request) -> str:
     method = path = "-"
     if not request.error:
         method, target, _ = request.raw.decode("latin-1").split(" ", 2)
         path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
-    answer = f"{response.status} {len(response.body)}"
-    milliseconds = (time.perf_counter() - channel.received_at) * 1000
+    status, _, body, _ = request.response or Response("500", b"", b"", True)
+    milliseconds = (time.perf_counter() - received_at) * 1000
     stamp = db.format_time(int(now))
-    return f"{stamp} {channel.addr[0]} {method} {path} {answer} {milliseconds:.1f}\n"
+    return f"{stamp} {client} {method} {path} {status} {len(body)} {milliseconds:.1f}\n"
 
 
 def allow_connections() -> int:

@@ -459,6 +459,12 @@ def test_a_body_of_20000_levels_is_refused(shop):
     assert re.search("nested too deep|a is an unknown field", refused.json["detail"])
 
 
+def test_a_byte_order_mark_before_a_body_is_skipped(shop):
+    created = shop("POST", "/products/", b'\xef\xbb\xbf{"name": "\xef\xbb\xbfx", "price": 1}')
+    assert created.json["name"] == "\ufeffx"
+    assert shop("POST", "/products/", b"\xef\xbb\xbf").status_int == 400
+
+
 @pytest.mark.parametrize("body", [[], "x", 5, None, True])
 def test_a_body_must_be_an_object(shop, body):
     response = shop("POST", "/products/", json.dumps(body).encode())
@@ -1762,6 +1768,35 @@ def test_a_key_with_another_request_is_rejected(shop, mug):
     assert shop.stock(mug) == 4
 
 
+def test_a_repeat_may_write_the_same_json_in_another_way(shop, mug):
+    key = {"Idempotency-Key": "k"}
+    bodies = [
+        b'{"products": [{"product_id": 1, "quantity": 2}], "reference": "till-4", "metadata":'
+        b' {"b": "\xc3\xa9", "a": "1"}}',
+        b'\xef\xbb\xbf{\n  "reference": "till-4",\n  "metadata": {"a": "\\u0031", "b": "\\u00e9"},'
+        b' "products": [{"quantity": 2.0, "product_id": 1e0}]\n}\n',
+    ]
+    first, repeat = (shop("POST", "/orders/", body, key) for body in bodies)
+    assert first.status_int == repeat.status_int == 201
+    assert repeat.headers["Idempotent-Replayed"] == "true"
+    assert repeat.body == first.body
+    assert shop.stock(mug) == 3
+    price = {"Idempotency-Key": "p"}
+    for text in b'{"name": "x", "price": 1.5}', b'{"price": 1.50, "name": "x"}':
+        assert shop("POST", "/products/", text, price).json["id"] == 2
+    other = shop("POST", "/products/", b'{"name": "x", "price": 1.51}', price)
+    assert other.json["type"] == "urn:problem-type:idempotency-key-reused"
+
+
+def test_a_key_from_before_this_fingerprint_is_never_done_twice(shop, mug, database):
+    shop("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "old"})
+    with connect(database) as connection:
+        connection.execute("UPDATE idempotency_key SET fingerprint = 'as it was'")
+    repeat = shop("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "old"})
+    assert repeat.status_int == 422
+    assert shop.stock(mug) == 4
+
+
 def test_a_rejected_request_may_be_repeated_with_its_key(shop, mug):
     key = {"Idempotency-Key": "k"}
     assert shop("POST", "/orders/", order_of((1, 6)), key).status_int == 409
@@ -2004,7 +2039,6 @@ def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(ma
             asked = {
                 "Origin": ORIGIN,
                 "Access-Control-Request-Method": method,
-                "Access-Control-Request-Headers": "authorization,content-type,idempotency-key",
             }
             response = shop("OPTIONS", path, None, asked)
             assert response.status_int == 204
@@ -2013,6 +2047,25 @@ def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(ma
             assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
             assert names_in(sent["allow-methods"]) == {*methods.split(), "OPTIONS"}
             assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
+            named = {"Access-Control-Request-Headers": "content-type,traceparent,x-requested-with"}
+            sent = cors_headers(shop("OPTIONS", path, None, asked | named))
+            assert sent["allow-headers"] == "content-type,traceparent,x-requested-with"
+
+
+def test_a_page_sees_what_the_server_refuses_before_the_application(start_server):
+    large = HEAD + b"Content-Length: 999999\r\nOrigin: %b\r\n\r\n"
+    wide = b"GET / HTTP/1.1\r\nOrigin: %b\r\nA: " + b"a" * 17_000 + b"\r\n\r\n"
+    listed = start_server(CORS_ORIGINS=ORIGIN)
+    for server, allowed in (listed, ORIGIN), (start_server(CORS_ORIGINS="*"), "*"):
+        for request, status in (large, 413), (wide, 431):
+            [response] = server.send(request % ORIGIN.encode())
+            assert response.status == status
+            assert response.headers["access-control-allow-origin"] == allowed
+            assert response.headers.get("vary") == (None if allowed == "*" else "Origin")
+    for server in listed, start_server():
+        [response] = server.send(large % b"https://other.example")
+        assert response.status == 413
+        assert "access-control-allow-origin" not in response.headers
 
 
 def test_a_page_may_see_a_500_and_a_503(make_shop, database):
@@ -2844,6 +2897,63 @@ def test_proxy_headers_of_a_stranger_change_nothing(server):
     assert "server" not in response.headers
     server.end()
     assert " 127.0.0.1 POST /products/ 201 " in server.log[-1]
+
+
+FORWARDED = [
+    (b"X-Forwarded-For: 203.0.113.9, 198.51.100.7\r\n", "198.51.100.7"),
+    (b"X-Forwarded-For: 1.1.1.1\r\nX-Forwarded-For: 2001:DB8::1\r\n", "2001:db8::1"),
+    (b"x-forwarded-for:198.51.100.8 \r\n", "198.51.100.8"),
+    (b"X-Forwarded-For: :1.2\r\n", "127.0.0.1"),
+    (b"X-Forwarded-For: 198.51.100.7, unknown\r\n", "127.0.0.1"),
+    (b"X-Forwarded-For: 198.51.100.7,\r\n", "127.0.0.1"),
+    (b"X-Forwarded-For: \xe9\r\n", "127.0.0.1"),
+    (b"X-Forwarded-For:" + b" " * 9000 + b"x" + b" " * 5000 + b"y\r\n", "127.0.0.1"),
+    (b"Forwarded: for=198.51.100.7\r\n", "127.0.0.1"),
+    (b"", "127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("proxy, is_trusted", [("127.0.0.1", 1), ("*", 1), ("127.0.0.2", 0)])
+def test_the_client_in_the_log_is_the_one_that_a_trusted_proxy_names(
+    start_server, proxy, is_trusted
+):
+    server = start_server(TRUSTED_PROXY=proxy)
+    for header, _ in FORWARDED:
+        for path in b"/healthz", b"/products/", b"/products/":  # the last is in the cache
+            get = b"GET %b HTTP/1.1\r\nHost: x\r\n%b\r\n" % (path, header)
+            assert server.send(closing(get))[0].status == 200
+    server.end()
+    clients = [line.split()[1] for line in server.log if " GET " in line]
+    expected = [client if is_trusted else "127.0.0.1" for _, client in FORWARDED]
+    assert clients == [client for client in expected for _ in range(3)]
+
+
+@pytest.mark.parametrize("sent", ["", "/shop"])
+def test_urls_begin_with_the_prefix_whether_or_not_the_proxy_strips_it(start_server, sent):
+    server = start_server(URL_PREFIX="/shop/")
+    for number in 1, 2:
+        response = server("POST", f"{sent}/products/", {"name": "x", "price": 1, "stock": 9})
+        assert response.headers["Location"] == f"/shop/products/{number}/"
+    ordered = server("POST", f"{sent}/orders/", order_of((1, 1)))
+    assert ordered.headers["Location"] == "/shop/orders/1/"
+    page = server("GET", f"{sent}/products/?limit=1")
+    assert page.json["next"] == "/shop/products/?limit=1&after=1"
+    assert page.headers["Link"] == '</shop/products/?limit=1&after=1>; rel="next"'
+    assert server("GET", page.json["next"]).json["products"][0]["id"] == 2
+    for index in f"{sent}/", sent or "/":
+        assert server("GET", index).json["products"] == "/shop/products/"
+        html = server("GET", index, Accept="text/html").body.decode()
+        assert 'href="/shop/openapi.json"' in html
+    assert server("GET", f"{sent}/openapi.json").json["servers"] == [{"url": "/shop"}]
+    assert server("GET", f"{sent}/healthz").status == 200
+    assert server("GET", f"{sent}/products/9/").status == 404
+    assert server("GET", "/shopping/").status == 404
+
+
+def test_a_monitor_may_add_any_query_to_the_health_check(shop, server):
+    for query in "?", "?ts=1700000000", "?a=1&a=2&=&%ff", "?" + "&".join(["x=1"] * 99):
+        assert shop("GET", f"/healthz{query}").json == {"status": "ok"}
+        assert server("GET", f"/healthz{query}").status == 200
 
 
 def test_idle_and_slow_clients_do_not_hold_up_the_others(server):
