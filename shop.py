@@ -1898,7 +1898,6 @@ class Request(waitress.parser.HTTPRequestParser):
     """One request, as waitress reads it, after a stricter look at its head."""
 
     raw = b""  # its head
-    began_at = 0.0  # when its first byte came
     response: Response | None = None  # once it has been computed
 
     @property
@@ -1907,8 +1906,6 @@ class Request(waitress.parser.HTTPRequestParser):
 
     def received(self, data):
         if not self.headers_finished:
-            if not self.header_plus.strip():
-                self.began_at = time.monotonic()
             text = self.header_plus + data
             self.raw = text.partition(b"\r\n\r\n")[0]
             if MALFORMED.search(self.raw) or text.startswith(b"\r\n" * 9):
@@ -1967,6 +1964,7 @@ class Task(waitress.task.WSGITask):
         _, head, body, is_last = self.request.response
         self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
         self.wrote_header = True  # or waitress would write its own
+        self.channel.deadline = time.monotonic() + IDLE_TIMEOUT
         end = CLOSE if self.close_on_finish else b""
         self.channel.write_soon(b"%b%b%b\r\n%b" % (head, loop.date, end, body))
 
@@ -1976,9 +1974,9 @@ class Channel(waitress.channel.HTTPChannel):
 
     parser_class = Request
     task_class = error_task_class = Task
-    active_at = 0.0  # waitress's own times follow the wall clock
+    deadline = 0.0  # when it is closed, by the monotonic clock; waitress's follows the wall clock
     received_at = 0.0  # when the first of its requests was complete
-    lingering_until = 0.0  # closed for writing, and read until then
+    is_lingering = False  # closed for writing, and read until its client closes it too
     is_held = False  # its next request waits until the last response has been sent
 
     def received(self, data):
@@ -1991,14 +1989,19 @@ class Channel(waitress.channel.HTTPChannel):
         return True
 
     def handle_read(self):
-        self.active_at = time.monotonic()
-        if not self.lingering_until:
-            return super().handle_read()
-        with contextlib.suppress(OSError):
-            self.recv(MAX_BODY)  # and forget it
+        request = self.request
+        if self.is_lingering:
+            with contextlib.suppress(OSError):
+                self.recv(MAX_BODY)  # and forget it
+            return
+        super().handle_read()
+        if not self.request:
+            self.deadline = time.monotonic() + IDLE_TIMEOUT
+        elif self.request is not request:
+            self.deadline = time.monotonic() + REQUEST_TIMEOUT
 
     def handle_write(self):
-        self.active_at = time.monotonic()
+        self.deadline = time.monotonic() + IDLE_TIMEOUT
         is_last = self.close_when_flushed
         self.close_when_flushed = False
         super().handle_write()
@@ -2015,17 +2018,10 @@ class Channel(waitress.channel.HTTPChannel):
 
     def linger(self):
         # A reset would take the response from a client that still sends (RFC 9112, 9.6).
-        self.lingering_until = time.monotonic() + LINGER_TIMEOUT
+        self.is_lingering = True
+        self.deadline = time.monotonic() + LINGER_TIMEOUT
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
-
-    def is_late(self, now):
-        self.active_at = self.active_at or now
-        if self.requests and not self.total_outbufs_len:
-            return False  # it waits for the write lock, or for a slow read
-        if self.request and (self.request.headers_finished or self.request.header_plus.strip()):
-            return self.request.began_at < now - REQUEST_TIMEOUT
-        return (self.lingering_until or self.active_at + IDLE_TIMEOUT) < now
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -2073,7 +2069,7 @@ class Loop:
             inbuf_overflow=UNLIMITED,
             outbuf_overflow=UNLIMITED,
             outbuf_high_watermark=UNLIMITED,  # above it waitress blocks the thread: here the loop
-            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see is_late()
+            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see deadline
             log_socket_errors=False,
         )
         self.servers = [
@@ -2138,8 +2134,7 @@ class Loop:
         for channel in channels:
             request = channel.requests[0]
             if request.response:
-                client = self.client_address(channel, request)
-                lines.append(access_line(now, client, channel.received_at, request))
+                lines.append(self.access_line(now, channel, request, request.response))
                 channel.service()
         while self.slow_reads:
             self.thread.add_task(self.slow_reads.pop(0))
@@ -2222,20 +2217,32 @@ class Loop:
         body = b"" if head.lstrip().startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
         request.respond(problem.status_line, headers, body)
 
-    def client_address(self, channel: Channel, request: Request) -> str:
-        """Where a request comes from: what the proxy says, if it is trusted and says an address."""
-        if self.trusted_proxy in ("*", channel.addr[0]):
+    def access_line(
+        self, now: float, channel: Channel, request: Request, response: Response
+    ) -> str:
+        client = channel.addr[0]
+        if self.trusted_proxy in ("*", client):
             forwarded = ",".join(header_values(request.raw, b"X-Forwarded-For"))
-            with contextlib.suppress(ValueError):
-                return str(ipaddress.ip_address(forwarded.rpartition(",")[2].strip(" \t")))
-        return channel.addr[0]
+            with contextlib.suppress(ValueError):  # unless it is no address
+                client = str(ipaddress.ip_address(forwarded.rpartition(",")[2].strip(" \t")))
+        method = path = "-"
+        if not request.error:
+            method, target, _ = request.raw.decode("latin-1").split(" ", 2)
+            path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
+        answer = f"{response.status} {len(response.body)}"
+        milliseconds = (time.perf_counter() - channel.received_at) * 1000
+        stamp = db.format_time(int(now))
+        return f"{stamp} {client} {method} {path} {answer} {milliseconds:.1f}\n"
 
     def close_late_channels(self) -> None:
         now = time.monotonic()
         if now > self.next_check:
             self.next_check = now + 1
-            for channel in filter(lambda channel: channel.is_late(now), self.channels()):
-                channel.handle_close()
+            for channel in self.channels():
+                channel.deadline = channel.deadline or now + IDLE_TIMEOUT  # a new connection
+                # One that neither sends nor receives waits for the lock, or for a slow read.
+                if channel.deadline < now and (channel.total_outbufs_len or not channel.requests):
+                    channel.handle_close()
 
     def expire_orders(self) -> None:
         """Cancel orders that have waited too long, a few each turn."""
@@ -2264,7 +2271,7 @@ class Loop:
             is_idle = not (channel.total_outbufs_len or channel.requests or channel.request)
             if elapsed > (1 if is_idle else DRAIN_TIMEOUT):
                 channel.handle_close()
-            elif is_idle and not channel.lingering_until:
+            elif is_idle and not channel.is_lingering:
                 channel.linger()
         return bool(self.channels())
 
@@ -2278,17 +2285,6 @@ def write_log(text: str) -> None:
             end = lines.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
             os.write(sys.stdout.fileno(), lines[:end])
             lines = lines[end:]
-
-
-def access_line(now: float, client: str, received_at: float, request: Request) -> str:
-    method = path = "-"
-    if not request.error:
-        method, target, _ = request.raw.decode("latin-1").split(" ", 2)
-        path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
-    status, _, body, _ = request.response or Response("500", b"", b"", True)
-    milliseconds = (time.perf_counter() - received_at) * 1000
-    stamp = db.format_time(int(now))
-    return f"{stamp} {client} {method} {path} {status} {len(body)} {milliseconds:.1f}\n"
 
 
 def allow_connections() -> int:
