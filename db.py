@@ -35,6 +35,7 @@ MAX_ID = 10**18 - 1  # the greatest that a request may name
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 PURGE_LIMIT = 4  # expired idempotency keys that are deleted when one is saved
+WAL_LIMIT = 64 << 20  # bytes by which it may grow without checkpoints
 
 log = logging.getLogger("shop")
 
@@ -217,8 +218,9 @@ class Database:
 
     path: the file, created if it does not exist. lock_timeout: seconds that a write waits for the
     lock. read_only: open a copy that another process keeps up to date; writes then fail.
-    autocheckpoint: False leaves checkpoints to Litestream. trace: called with the text of every
-    statement.
+    checkpoints: fold the WAL into the file now and then. Only one process should, the one that
+    serves or Litestream: SQLite before 3.51.3 can damage a file that two processes write and
+    checkpoint at the same moment. trace: called with the text of every statement.
 
     Raises DatabaseError for a file that is not a database, belongs to another program, was made by
     a newer version of the shop, or cannot be written. A locked file is not an error: the first
@@ -231,7 +233,7 @@ class Database:
         *,
         lock_timeout: float = 5.0,
         read_only: bool = False,
-        autocheckpoint: bool = True,
+        checkpoints: bool = False,
         trace: Callable[[str], object] | None = None,
     ):
         if sqlite3.sqlite_version_info < (3, 37):
@@ -241,7 +243,7 @@ class Database:
         self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
         self._journal = self.path.with_name(self.path.name + "-journal")
-        self._autocheckpoint = autocheckpoint
+        self._checkpoints = checkpoints
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
@@ -249,6 +251,7 @@ class Database:
         self._local = threading.local()  # .reader: the thread's own connection for reading
         self._must_roll_back = False  # a step of the transaction failed after a change
         self._write_error: Exception | None = None  # why the last write failed, if it did
+        self._next_trial = 0.0  # of a write that failed, by the monotonic clock
         self._file_id: tuple | None = None  # device and inode of the open file
         self._next_check = 0.0  # of the file at the path, by the monotonic clock
         self._is_lost = False  # the path no longer leads to the open file
@@ -263,9 +266,9 @@ class Database:
             raise DatabaseError(f"{self.path}: {error}") from error
 
     def close(self) -> None:
-        """Close this thread's connections. Closing the writer folds the WAL into the file.
+        """Close this thread's connections; those of other threads close when the threads end.
 
-        The connection of any other thread closes when that thread ends.
+        The last connection of all processes folds the WAL into the file, under an exclusive lock.
         """
         for connection in getattr(self._local, "reader", None), self._writer:
             if connection:
@@ -352,19 +355,21 @@ class Database:
             raise
         self._writer = writer
         self._file_id = file_id(self.path)
+        self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def _configure_writer(self, writer: sqlite3.Connection) -> None:
         if writer.execute("PRAGMA journal_mode = WAL").fetchone()["journal_mode"] != "wal":
             raise DatabaseError(f"{self.path}: its file system does not support WAL mode.")
         writer.execute("PRAGMA synchronous = FULL")
+        writer.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
+        writer.execute("PRAGMA checkpoint_fullfsync = ON")
         writer.execute("PRAGMA foreign_keys = ON")
         writer.execute("PRAGMA journal_size_limit = 67108864")  # a large WAL shrinks again
-        # 16 MiB of WAL instead of 4: a page that many orders change is then written back once.
-        # Litestream checkpoints long before 200 MiB, which only limit the WAL if it is not running.
-        if self._autocheckpoint:
+        if self._checkpoints:
+            # 16 MiB of WAL, not 4: a page that many orders change is then written back once.
             writer.execute("PRAGMA wal_autocheckpoint = 4000")
         else:
-            writer.execute("PRAGMA wal_autocheckpoint = 50000")
+            writer.execute("PRAGMA wal_autocheckpoint = 0")
 
     def _prepare_schema(self, writer: sqlite3.Connection) -> None:
         """Migrate an older file in one transaction, so that a crash leaves it unchanged.
@@ -417,19 +422,41 @@ class Database:
             raise translate_error(error) from error
 
     def check_health(self) -> None:
-        """Read the database. Raises DatabaseUnavailable if this read or the last write failed."""
+        """Read the database; after a failed write also try a small one, at most once a second.
+
+        Raises DatabaseUnavailable if either fails. Waits for no lock.
+        """
         try:
             self._read("SELECT id FROM product LIMIT 1")
         except sqlite3.Error as error:
             raise DatabaseUnavailable("The database cannot be read.") from error
+        if self._write_error and self._writer and time.monotonic() >= self._next_trial:
+            self._next_trial = time.monotonic() + 1
+            self._check_file()
+            if self._writer_lock.acquire(blocking=False):
+                try:
+                    self._try_write()
+                finally:
+                    self._writer_lock.release()
         if self._write_error:
             raise DatabaseUnavailable(f"The last write failed: {self._write_error}")
+
+    def _try_write(self) -> None:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(self._connect("mode=rw", timeout=0)) as connection,
+        ):
+            self._configure_writer(connection)
+            self._empty_wal(connection)
+            connection.execute("PRAGMA application_id = 1397247824")
+            self._write_error = None
 
     def data_version(self) -> object:
         """A value that differs after every change of the data, or None if it is not known."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
-                return self._read("PRAGMA data_version")[0]["data_version"]
+                # Each connection counts for itself, and a new one starts again.
+                return self._reader(), self._read("PRAGMA data_version")[0]["data_version"]
             return None
         if self._wal.exists():  # its writer changes data before the file's modification time
             return None
@@ -461,7 +488,7 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-            self._empty_wal()
+            self._empty_wal(self._writer)
         if not was_lost:
             log.warning(f"{self.path} has been deleted or replaced: restart the shop.")
         raise DatabaseUnavailable("The database file has been deleted or replaced.")
@@ -501,6 +528,9 @@ class Database:
         if not self._writer_lock.acquire(timeout=self.lock_timeout):
             raise DatabaseBusy("The database is busy.")
         try:
+            if self._write_error:
+                self._empty_wal(self._writer)  # or the WAL would use up what has become free
+            self._close_large_wal()
             if not self._writer:
                 self._open_writer()  # the file was locked when the Store was made
             # IMMEDIATE takes the write lock before the first read, so the stock that is checked
@@ -508,8 +538,11 @@ class Database:
             self._writer.execute("BEGIN IMMEDIATE")
             self._writer_thread = threading.get_ident()
             self._must_roll_back = False
+            changes = self._writer.total_changes
             yield self._writer
             self._commit()
+            if self._writer.total_changes != changes:
+                self._write_error = None
         except BaseException as error:
             if self._writer and self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
@@ -553,7 +586,6 @@ class Database:
             except sqlite3.Error as error:
                 raise OutcomeUnknown from error
             raise
-        self._write_error = None
 
     def _note_failure(self, error: BaseException) -> None:
         """Translate a SQLite error, remember it for check_health(), and raise it."""
@@ -566,15 +598,21 @@ class Database:
         is_ignored = isinstance(failure, (DatabaseBusy, TransactionLost))
         if isinstance(failure, DatabaseUnavailable) and not is_ignored:
             self._write_error = failure
-            self._empty_wal()  # on a full disk this may make the room that the next write needs
         if failure is not error:
             raise failure from error
 
-    def _empty_wal(self) -> None:
+    def _close_large_wal(self) -> None:
+        """Without checkpoints, close a WAL that has grown: if nobody else uses it, that ends it."""
+        may_close = self._writer and not self._checkpoints and self._wal.exists()
+        if may_close and self._wal.stat().st_size > self._wal_limit:
+            self.close()
+            self._local.reader = self._writer = None
+
+    def _empty_wal(self, connection: sqlite3.Connection | None) -> None:
         """Fold the WAL into the file, as far as that is possible now."""
-        if self._writer and not self._writer.in_transaction:
+        if self._checkpoints and connection and not connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 # ----------------------------------------------------------------------------------------- Store
@@ -864,7 +902,8 @@ class Store(Database):
         """
         conditions = []
         if status is not None:
-            conditions.append("status = :status")
+            # The + keeps SQLite from reading all orders with the status for those with a reference.
+            conditions.append("+status = :status" if reference else "status = :status")
         if reference is not None:
             conditions.append("reference = :reference")
         if reference:
@@ -994,22 +1033,21 @@ class Store(Database):
             lines = connection.execute(SELECT_LINES, ids_of([order])).fetchall()
         return with_lines([order], lines)[0]
 
-    def expire_orders(self, minutes: float, *, limit: int = 4) -> int:
-        """Cancel at most `limit` pending orders older than this many minutes; return how many.
+    def expire_orders(self, before: str, *, limit: int = 4) -> int:
+        """Cancel at most `limit` pending orders created before a timestamp(); return how many.
 
         Four orders of a hundred lines take 15 ms, which the server's loop can spare.
         """
         with self.transaction() as connection:
-            expired = {"due": timestamp(minutes * 60), "limit": limit}
-            due = connection.execute(SELECT_EXPIRED, expired).fetchall()
+            due = connection.execute(SELECT_EXPIRED, {"before": before, "limit": limit}).fetchall()
             connection.executemany("UPDATE orders SET status = 'cancelled' WHERE id = ?", due)
             for (order_id,) in due:
                 self._put_stock_back(connection, order_id)
         return len(due)
 
-    def has_expired_orders(self, minutes: float) -> bool:
+    def has_expired_orders(self, before: str) -> bool:
         """Whether expire_orders() would cancel any; this needs no write lock."""
-        return bool(self._read(SELECT_EXPIRED, {"due": timestamp(minutes * 60), "limit": 1}))
+        return bool(self._read(SELECT_EXPIRED, {"before": before, "limit": 1}))
 
     def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
         """Put back what an order took, if the product still exists and up to MAX_STOCK."""
@@ -1093,17 +1131,18 @@ PRODUCT_JSON = """
 """
 SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
 SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
-# CROSS JOIN makes SQLite search the words first, and fetch only the products that have them.
-SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product ON id = product_id"
-FOUND_PRODUCT = " FROM product CROSS JOIN product_search ON id = product_id"  # by its sku first
+# CROSS JOIN makes SQLite search the words first, all of them, and fetch only the products that have
+# them, which it sorts if they are wanted by price.
+SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product USING (id)"
+FOUND_PRODUCT = " FROM product CROSS JOIN product_search USING (id)"  # one at most, by its sku
 # The condition that continues a page after an item, and the order. Equal values go by id. Each
-# order has its index.
+# order has its index, but for -name: see schema.sql.
 ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 PRODUCT_ORDERS = ID_ORDERS | {
-    "name": ("(folded_name, product_id) > (:value, :after)", "folded_name, product_id"),
+    "name": ("(folded_name, id) > (:value, :after)", "folded_name, id"),
     "-name": (
-        "folded_name <= :value AND (folded_name < :value OR product_id > :after)",
-        "folded_name DESC, product_id",
+        "folded_name <= :value AND (folded_name < :value OR id > :after)",
+        "folded_name DESC, id",
     ),
     "price": ("(price, id) > (:value, :after)", "price, id"),
     "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
@@ -1121,14 +1160,16 @@ HAS_OTHER_WORDS = """
 TRANSITIONS = {"pending": ("completed", "cancelled"), "completed": ("cancelled",), "cancelled": ()}
 SELECT_ORDERS = "SELECT id, status, total, created_at, reference, metadata FROM orders"
 SELECT_ORDER = SELECT_ORDERS + " WHERE id = :id"
+# Left to itself, SQLite would find the pending orders by their status and sort all of them.
 SELECT_EXPIRED = """
     SELECT id
-      FROM orders
-     WHERE status = 'pending' AND created_at < :due
+      FROM orders INDEXED BY orders_pending_by_time
+     WHERE status = 'pending' AND created_at < :before
      ORDER BY created_at
      LIMIT :limit
 """
 LINE_COLUMNS = ("product_id", "name", "price", "quantity", "sku")
+# SQLite sorts only the lines of one order at a time.
 SELECT_LINES = """
     SELECT order_id, product_id, name, price, quantity, sku
       FROM order_line
@@ -1214,7 +1255,7 @@ SAVE_PRODUCT = """
            sku = excluded.sku, metadata = excluded.metadata
 """
 SAVE_SEARCH = """
-    INSERT OR REPLACE INTO product_search (product_id, folded_name, folded_description)
+    INSERT OR REPLACE INTO product_search (id, folded_name, folded_description)
     VALUES (:id, :name, :description)
 """
 
@@ -1232,9 +1273,7 @@ def open_balances(
         """,
         {"after": after, "note": note, "now": timestamp()},
     )
-    connection.execute(
-        "UPDATE product SET movements = 1 WHERE id > :after AND stock > 0", {"after": after}
-    )
+    connection.execute("UPDATE product SET movements = 1 WHERE id > ? AND stock > 0", (after,))
 
 
 # Letters that Unicode does not decompose, and what people type in place of an apostrophe (the
@@ -1530,7 +1569,7 @@ def missing_searches(connection: sqlite3.Connection) -> list[str]:
     rows = connection.execute("""
         SELECT id
           FROM product
-         WHERE id NOT IN (SELECT product_id FROM product_search)
+         WHERE id NOT IN (SELECT id FROM product_search)
     """).fetchall()
     return [f"Product {row['id']} cannot be found: it is not in product_search." for row in rows]
 

@@ -40,7 +40,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS product_by_sku ON product (sku) WHERE sku <> '
 -- own table, so that a search reads nothing else. The name is a column of its own because products
 -- with equal names go by id, whatever their descriptions are.
 CREATE TABLE IF NOT EXISTS product_search (
-    product_id         INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
+    id                 INTEGER PRIMARY KEY REFERENCES product (id) ON DELETE CASCADE,
     folded_name        TEXT NOT NULL,
     folded_description TEXT NOT NULL
 ) STRICT;
@@ -65,7 +65,7 @@ CREATE TABLE IF NOT EXISTS orders (
                CHECK (json_valid(metadata) AND json_type(metadata) = 'object')
 ) STRICT;
 
--- A partial index costs orders without a reference nothing.
+-- A partial index costs orders without a reference nothing; a list of just those reads all by id.
 CREATE INDEX IF NOT EXISTS orders_by_reference ON orders (reference) WHERE reference <> '';
 
 -- Pages of the orders with one status.

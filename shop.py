@@ -1065,17 +1065,17 @@ def create_app(
 
 
 def open_application(settings: "Settings", lock_timeout: float) -> Application:
-    store = open_store(settings, lock_timeout)
+    store = open_store(settings, lock_timeout, checkpoints=not settings.litestream)
     return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
 
 
-def open_store(settings: "Settings", lock_timeout: float) -> db.Store:
+def open_store(settings: "Settings", lock_timeout: float, checkpoints=False) -> db.Store:
     try:
         return db.Store(
             settings.database,
             lock_timeout=lock_timeout,
             read_only=settings.read_only,
-            autocheckpoint=not settings.litestream,
+            checkpoints=checkpoints,
             trace=log_statement if settings.debug else None,
         )
     except db.DatabaseError as error:
@@ -2249,8 +2249,9 @@ class Loop:
         if time.monotonic() > self.next_expiry:
             self.next_expiry = time.monotonic() + 1
             with contextlib.suppress(db.DatabaseUnavailable):  # then a second later
-                if self.store.has_expired_orders(self.order_timeout):
-                    self.store.expire_orders(self.order_timeout)
+                before = db.timestamp(self.order_timeout * 60)
+                if self.store.has_expired_orders(before):
+                    self.store.expire_orders(before)
                     self.next_expiry = 0.0
 
     def stop(self, number: int, frame) -> None:
@@ -2468,8 +2469,9 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
         raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
     store = open_store(settings, COMMAND_LOCK_TIMEOUT)
     cancelled = 0
-    while store.has_expired_orders(settings.order_timeout):
-        cancelled += store.expire_orders(settings.order_timeout)
+    before = db.timestamp(settings.order_timeout * 60)
+    while store.has_expired_orders(before):
+        cancelled += store.expire_orders(before)
     store.close()
     print(f"{cancelled} orders cancelled")
     return 0
