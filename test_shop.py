@@ -4140,6 +4140,103 @@ def test_the_readme_names_every_path_status_and_setting(shop):
         assert re.search(rf"^#?{name}=", example, re.M)
 
 
+def test_the_readme_names_every_parameter_field_and_column():
+    readme = (HERE / "README.md").read_text()
+    for route in shop_module.api.routes:
+        spec = route.config["spec"]
+        path = re.sub("<.+?>", "1", route.rule)
+        item = re.search(rf"^- `{route.method} {re.escape(path)}`.*\n(  .*\n)*", readme, re.M)[0]
+        for name in spec.query["properties"]:
+            assert f"`{name}=" in item
+        for name in spec.body["properties"] if spec.body else ():
+            assert f"`{name}`" in item or f'"{name}":' in item
+    item = re.search(r"^- `import .*\n(  .*\n)*", readme, re.M)[0]
+    for name in *shop_module.COLUMNS, "metadata.NAME", "--stock":
+        assert f"`{name}`" in item
+
+
+def test_the_readme_states_the_limits_that_the_schemas_set():
+    text = " ".join((HERE / "README.md").read_text().split())
+    limits = [
+        f"`name` has 1 to {shop_module.NAME['maxLength']} characters",
+        f"`description` up to {shop_module.DESCRIPTION['maxLength']:,}",
+        f"`reference` (yours, such as a cart) up to {shop_module.REFERENCE['maxLength']}.",
+        f"`sku`, your article number, has up to {shop_module.SKU['maxLength']} ",
+        f"`price` has at most two decimals and is 0 to {shop_module.PRICE['maximum']:,};",
+        f"an order's total is at most {shop_module.TOTAL['maximum']:,}.",
+        f"`stock` (0 to {shop_module.STOCK['maximum']:,})",
+        f"`quantity` (1 to {shop_module.QUANTITY['maximum']:,})",
+        f"up to {shop_module.METADATA['maxProperties']} texts",
+        f"of up to {shop_module.METADATA['additionalProperties']['maxLength']} characters",
+        f"1 to {shop_module.LINES['maxItems']} `products`",
+        f"1 to {shop_module.LIMIT['maximum']} items per page",
+    ]
+    assert [limit for limit in limits if limit not in text] == []
+    idle, late = re.search(r"least (\d+) seconds while idle.+? some (\d+) seconds", text).groups()
+    assert int(idle) < shop_module.IDLE_TIMEOUT
+    assert int(late) == shop_module.REQUEST_TIMEOUT
+
+
+def test_the_readme_normalises_an_origin_and_finds_words_as_the_code_does(shop):
+    text = " ".join((HERE / "README.md").read_text().split())
+    [(origin, normalised)] = re.findall("`(https://[^` ]+)` means `(https://[^`]+)`", text)
+    assert shop_module.normalize_origin(origin) == normalised
+    found = re.findall("`q=([^`]+)` finds `([^`]+)`", text)
+    assert len(found) == 2
+    for word, name in found:
+        shop.product(name=name)
+        [product] = shop("GET", f"/products/?q={word}").json["products"]
+        assert product["name"] == name
+    [names] = re.findall("Names are sorted likewise, `([^`]+)` before `([^`]+)`", text)
+    for name in reversed(names):
+        shop.product(name=name)
+    products = shop("GET", "/products/?sort=name").json["products"]
+    assert [product["name"] for product in products if product["name"] in names] == list(names)
+
+
+def test_other_servers_read_all_settings_but_those_that_the_readme_names():
+    text = " ".join((HERE / "README.md").read_text().split())
+    excepted = re.search("reads the settings above, except (.+?):", text)[1]
+    functions = shop_module.open_application, shop_module.open_store
+    read = re.findall(r"settings\.(\w+)", "".join(map(inspect.getsource, functions)))
+    ignored = {name for name, (field, _) in shop_module.READERS.items() if field not in read}
+    assert set(re.findall("`(\\w+)`", excepted)) == ignored
+
+
+def test_the_settings_that_the_readme_shows_can_be_used():
+    readme = (HERE / "README.md").read_text()
+    lines = re.findall(r"^ {4}([A-Z_]+=.*)$|`([A-Z_]+=\S+)`", readme, re.M)
+    texts = [line or inline for line, inline in lines]
+    assert {"TRUSTED_PROXY=*", "TRUSTED_PROXY=127.0.0.1", "URL_PREFIX=/shop"} <= set(texts)
+    for text in texts:
+        assert shop_module.ENV_LINE.fullmatch(text)
+        name, _, value = text.partition("=")
+        shop_module.read_settings({name: value})
+
+
+def test_the_commands_of_the_readme_are_those_of_the_command_line():
+    readme = (HERE / "README.md").read_text()
+    _, _, part = readme.partition("The commands of `python shop.py`")
+    named = re.findall("^- `(.+?)`", part.partition("\n## ")[0], re.M)
+    for command in named:
+        options = shop_module.parse_arguments(re.sub(r"[\[\]]", "", command).split())
+        assert options.command == command.split()[0]
+    commands = {command.split()[0] for command in named}
+    assert commands == {"import", "export", "expire", "backup", "check"}
+
+
+def test_the_script_of_the_readme_runs(tmp_path, monkeypatch):
+    readme = (HERE / "README.md").read_text()
+    script = re.search(r"^    import db\n(    .*\n)+", readme, re.M)[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.sub("^    ", "", script, flags=re.M), names)
+    order = names["store"].get_order(names["order"]["id"])
+    assert order["total"] == 2 * names["mug"]["price"] == 2 * 999
+    assert [line["sku"] for line in order["lines"]] == ["MUG-BL"]
+    names["store"].close()
+
+
 def test_openapi_describes_every_route(shop):
     document = shop("GET", "/openapi.json").json
     assert document["openapi"] == "3.1.0"
