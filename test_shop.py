@@ -4548,7 +4548,8 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
         (web, ['ports: ["${PUBLISH:-8000}:8000"]', "/healthz", *container]),
         (replica, ['user: "10001:10001"', "profiles: [replica]", *container]),
         (readme, ["user 10001", "PUBLISH=127.0.0.1:8000", "encode gzip", "shop_data"]),
-        (readme, ["docker compose --profile replica up -d"]),
+        (readme, ["docker compose --profile replica up -d", "Compose 2.24.0 or later"]),
+        (web, ["required: false # Docker Compose 2.24.0 or later"]),
         (compose, ["name: shop"]),
     ]:
         for part in parts:
