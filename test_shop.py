@@ -4738,7 +4738,7 @@ def assert_key_is_known(shop):
     """
     repeat = shop("POST", "/orders/", order_of((1, 2)), {"Idempotency-Key": "k1"})
     assert repeat.json["type"] == "urn:problem-type:idempotency-key-reused"
-    assert order_ids_of(shop) == [1, 2]
+    assert order_ids_of(shop, "") == [1, 2]
 
 
 def test_a_shop_of_schema_1_comes_along_with_all_it_has(make_shop, database):
