@@ -855,10 +855,13 @@ def read_key(header: str) -> str:
     return re.sub(r"\\(.)", r"\1", header[1:-1]) if header.startswith('"') else header
 
 
+canonical_json = json.JSONEncoder(sort_keys=True).encode
+
+
 def fingerprint(environ: dict, body: Any) -> str:
     """What makes two requests with one Idempotency-Key the same: not how their JSON is written."""
     path = environ["PATH_INFO"].rstrip("/") + "/"
-    request = json.dumps([environ["REQUEST_METHOD"], path, body], sort_keys=True)
+    request = canonical_json([environ["REQUEST_METHOD"], path, body])
     return hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
 
 
