@@ -1090,8 +1090,8 @@ def log_statement(sql: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- validation
-# compile_schema() makes of a schema a function that validates a value: it returns the value as the
-# routes work with it, and adds every error in it, a path and a message, to a list.
+# compile_schema() turns a schema into a function that validates a value: it returns the value as
+# the routes work with it, and appends each error, a path and a message, to a list.
 
 Validator = Callable[[Any, tuple, list[Error]], Any]
 
@@ -1129,8 +1129,7 @@ def compile_object(schema: dict) -> Validator:
         if len(value) < least:
             errors.append((path, f"must have at least one of {names}"))
         if not value.keys() <= properties.keys():
-            unknown_names = [name for name in value if name not in properties][:MAX_ERRORS]
-            errors += [(path + (name,), unknown) for name in unknown_names]
+            errors += [(path + (name,), unknown) for name in value if name not in properties]
             value = {name: value[name] for name in properties if name in value}
         for name in required:
             if name not in value:
@@ -1144,9 +1143,9 @@ def compile_object(schema: dict) -> Validator:
 
 
 def compile_map(schema: dict) -> Validator:
-    """An object with names of its own, whose values all have one schema."""
+    """An object in which the names are free and all values have one schema."""
+    validate_name = compile_string(schema["propertyNames"])
     validate_value = compile_schema(schema["additionalProperties"])
-    is_name = re.compile(schema["propertyNames"]["pattern"]).fullmatch
     most = schema.get("maxProperties", MAX_BODY)
 
     def validate_map(value: Any, path: tuple, errors: list[Error]) -> dict:
@@ -1156,11 +1155,8 @@ def compile_map(schema: dict) -> Validator:
         if len(value) > most:
             errors.append((path, f"must have at most {most} entries, not {len(value)}"))
         for name, item in value.items():
-            if not is_name(name):
-                errors.append((path + (name,), schema["propertyNames"]["message"]))
+            validate_name(name, path + (name,), errors)
             validate_value(item, path + (name,), errors)
-            if len(errors) > MAX_ERRORS:
-                break
         return value
 
     return validate_map
@@ -1170,7 +1166,7 @@ def compile_array(schema: dict) -> Validator:
     validate_item = compile_schema(schema["items"])
     least = schema["minItems"]
     most = schema["maxItems"]
-    key = schema.get("unique_by")
+    key = schema["unique_by"]
 
     def validate_array(value: Any, path: tuple, errors: list[Error]) -> list:
         if type(value) is not list:
@@ -1179,28 +1175,15 @@ def compile_array(schema: dict) -> Validator:
         if not least <= len(value) <= most:
             errors.append((path, f"must have {least} to {most} items, not {len(value)}"))
             return []
-        items = []
-        for position, item in enumerate(value):
-            items.append(validate_item(item, path + (position,), errors))
-            if len(errors) > MAX_ERRORS:
-                break
-        if key:
-            refuse_repeated(value, key, path, errors)
+        items = [validate_item(item, path + (n,), errors) for n, item in enumerate(value)]
+        ids = [item.get(key) for item in items]
+        if len(set(ids)) < len(ids):
+            for n, item_id in enumerate(ids):
+                if item_id and item_id in ids[:n]:  # neither absent nor invalid
+                    errors.append((path + (n,), f"repeats {key} {item_id}"))
         return items
 
     return validate_array
-
-
-def refuse_repeated(items: list, key: str, path: tuple, errors: list[Error]) -> None:
-    """Add an error for each item whose key an earlier item has."""
-    seen = set()
-    for position, item in enumerate(items):
-        value = item.get(key) if type(item) is dict else None
-        # 1.0 == 1, so both are the same id. True == 1 too but is no id, hence the type check.
-        if type(value) in (int, Decimal):
-            if value in seen:
-                errors.append((path + (position,), f"repeats {key} {value}"))
-            seen.add(value)
 
 
 def compile_string(schema: dict) -> Validator:
