@@ -79,31 +79,42 @@ TOO_LARGE = f"The body may have {MAX_BODY} bytes."
 
 
 # ---------------------------------------------------------------------------------------- schemas
-# What a valid request and response is, as JSON Schema. Validation, its messages and /openapi.json
-# all read it. /openapi.json says three keywords in words: `decimals` that a number may have (it is
-# validated into whole hundredths), `unique_by` the field in which the items of an array differ, and
-# the `default` of an absent field. `message` is for a pattern that does not match.
+# What a valid request and response is, as JSON Schema: validation, its messages and /openapi.json
+# read it. Four keywords are the shop's own: `decimals` are the digits that a number may have after
+# the point (such a number is validated into whole hundredths), `unique_by` names the field in which
+# the items of an array must differ, `default` tells readers what an absent field means, `message`
+# is the error for a pattern that does not match.
 
 
 def object_schema(required: str | None = None, /, **properties: dict) -> dict:
-    """An object with these properties, all of them required if `required` names none."""
+    """An object with these properties; `required` names those that it must have, None means all."""
     names = list(properties) if required is None else required.split()
     return {"type": "object", "properties": properties, "required": names}
 
 
-def body_schema(required: str = "", /, **properties: dict) -> dict:
-    """The object of a request, where a typo must not pass as a new field."""
-    return object_schema(required, **properties) | {"additionalProperties": False}
+def body_schema(defaults: dict, /, **properties: dict) -> dict:
+    """The body of a request, closed so that a typo is an error; what has no default is required."""
+    required = [name for name in properties if name not in defaults]
+    for name, default in defaults.items():
+        properties[name] = properties[name] | {"default": default}
+    return object_schema(" ".join(required), **properties) | {"additionalProperties": False}
+
+
+def update_schema(**properties: dict) -> dict:
+    """The body of a request that changes at least one of these properties."""
+    closed = {"additionalProperties": False, "minProperties": 1}
+    return object_schema("", **properties) | closed
 
 
 def page_schema(name: str, item: dict) -> dict:
-    properties: dict[str, dict] = {name: {"type": "array", "items": item}, "next": NEXT}
-    return object_schema(**properties)
+    items: dict = {"type": "array", "items": item}
+    return object_schema(**{name: items, "next": NEXT})
 
 
 # Unicode's White_Space, spelled out because \s means something else in every dialect.
 WHITE_SPACE = r"\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
+STRING = {"type": "string"}
 ID = {"type": "integer", "minimum": 1, "maximum": db.MAX_ID}
 TEXT = {"type": "string", "pattern": r"^[^\u0000]*$", "message": "must be text without NUL"}
 NAME = {
@@ -113,7 +124,6 @@ NAME = {
     "pattern": rf"^[^\u0000]*[^\u0000{WHITE_SPACE}][^\u0000]*$",
     "message": "must be text, not only white space, without NUL",
 }
-DESCRIPTION = TEXT | {"maxLength": 10_000}
 PRICE = {"type": "number", "minimum": 0, "maximum": 10**9, "decimals": 2}
 STOCK = {"type": "integer", "minimum": 0, "maximum": db.MAX_STOCK}
 CHANGE = {"type": "integer", "minimum": -db.MAX_STOCK, "maximum": db.MAX_STOCK}
@@ -146,25 +156,25 @@ METADATA_PATCH = {
     "propertyNames": METADATA["propertyNames"],
     "description": "Merged with the metadata that is there; null removes an entry.",
 }
-STATUS = {"type": "string", "enum": ["pending", "completed", "cancelled"]}
-NEW_STATUS = {"type": "string", "enum": ["completed", "cancelled"]}
-TOTAL = {"type": "number", "minimum": 0, "maximum": 10**13, "decimals": 2}
-TIME = {"type": "string", "format": "date-time", "pattern": "Z$"}
+STATUS = STRING | {"enum": ["pending", "completed", "cancelled"]}
+NEW_STATUS = STRING | {"enum": ["completed", "cancelled"]}
+TIME = STRING | {"format": "date-time", "pattern": "Z$"}
 NEXT = {"type": ["string", "null"], "description": "The URL of the next page, if there is one."}
 
 PRODUCT_FIELDS: dict[str, dict] = {
     "name": NAME,
-    "description": DESCRIPTION | {"default": ""},
+    "description": TEXT | {"maxLength": 10_000},
     "price": PRICE,
-    "stock": STOCK | {"default": 0},
-    "sku": SKU | {"default": ""},
-    "metadata": METADATA | {"default": {}},
+    "stock": STOCK,
+    "sku": SKU,
+    "metadata": METADATA,
 }
+PRODUCT_DEFAULTS = {"description": "", "stock": 0, "sku": "", "metadata": {}}
 PRODUCT = object_schema(id=ID, **PRODUCT_FIELDS)
-NEW_PRODUCT = body_schema("name price", **PRODUCT_FIELDS)
-PRODUCT_UPDATE = body_schema(**PRODUCT_FIELDS | {"metadata": METADATA_PATCH}) | {"minProperties": 1}
+NEW_PRODUCT = body_schema(PRODUCT_DEFAULTS, **PRODUCT_FIELDS)
+PRODUCT_UPDATE = update_schema(**PRODUCT_FIELDS | {"metadata": METADATA_PATCH})
 NOTE = TEXT | {"maxLength": 200, "description": "Why the stock changes."}
-STOCK_UPDATE = body_schema("change", change=CHANGE, note=NOTE | {"default": ""})
+STOCK_UPDATE = body_schema({"note": ""}, change=CHANGE, note=NOTE)
 MOVEMENT = object_schema(
     id=ID,
     change=CHANGE,
@@ -179,61 +189,49 @@ MOVEMENT = object_schema(
 MOVEMENTS = page_schema("movements", MOVEMENT)
 PRODUCTS = page_schema("products", PRODUCT)
 
-NEW_LINE = body_schema("product_id quantity", product_id=ID, quantity=QUANTITY)
+NEW_LINE = body_schema({}, product_id=ID, quantity=QUANTITY)
 LINE = object_schema(product_id=ID, name=NAME, price=PRICE, quantity=QUANTITY, sku=SKU)
 LINES = {"type": "array", "minItems": 1, "maxItems": 100}
 ORDER = object_schema(
     id=ID,
     status=STATUS,
-    total_price=TOTAL,
+    total_price=PRICE | {"maximum": 10**13},
     created_at=TIME,
     reference=REFERENCE,
     metadata=METADATA,
     products=LINES | {"items": LINE},
 )
 NEW_ORDER = body_schema(
-    "products",
+    {"reference": "", "metadata": {}},
     products=LINES | {"items": NEW_LINE, "unique_by": "product_id"},
-    reference=REFERENCE | {"default": ""},
-    metadata=METADATA | {"default": {}},
+    reference=REFERENCE,
+    metadata=METADATA,
 )
-ORDER_UPDATE = body_schema(status=NEW_STATUS, reference=REFERENCE, metadata=METADATA_PATCH)
-ORDER_UPDATE["minProperties"] = 1
+ORDER_UPDATE = update_schema(status=NEW_STATUS, reference=REFERENCE, metadata=METADATA_PATCH)
 ORDERS = page_schema("orders", ORDER)
 
-HEALTH = object_schema(
-    "status", status={"type": "string", "enum": ["ok"]}, read_only={"type": "boolean"}
-)
-ERROR = object_schema(
-    "detail", detail={"type": "string"}, pointer={"type": "string"}, parameter={"type": "string"}
-)
-SHORTAGE = object_schema(
-    product_id=ID, requested={"type": "integer"}, available={"type": "integer"}
-)
-PROBLEM_FIELDS: dict[str, dict] = {
-    "type": {"type": "string", "const": "about:blank"},  # so that no other problem matches
-    "title": {"type": "string"},
-    "status": {"type": "integer"},
-    "detail": {"type": "string"},
-}
-PROBLEM = object_schema(**PROBLEM_FIELDS)
+HEALTH = object_schema("status", status=STRING | {"enum": ["ok"]}, read_only={"type": "boolean"})
+ERROR = object_schema("detail", detail=STRING, pointer=STRING, parameter=STRING)
+SHORTAGE = object_schema(product_id=ID, requested=STOCK, available=STOCK)
 
 
-def problem_schema(kind: str, status: int, /, **members: dict) -> dict:
-    """A problem with a type of its own, on which clients can decide."""
-    fields = PROBLEM_FIELDS | members
-    fields["type"] = {"type": "string", "const": f"urn:problem-type:{kind}"}
-    fields["status"] = {"type": "integer", "const": status}
-    return object_schema(**fields)
+def problem_schema(kind: str, /, **members: dict) -> dict:
+    """Problem details; their type is constant, so that each matches only one schema."""
+    status = {"type": "integer"}
+    kind_only = STRING | {"const": kind}
+    return object_schema(type=kind_only, title=STRING, status=status, detail=STRING, **members)
 
 
+PROBLEM = problem_schema("about:blank")
 INSUFFICIENT_STOCK = problem_schema(
-    "insufficient-stock", 409, shortages={"type": "array", "items": SHORTAGE}
+    "urn:problem-type:insufficient-stock", shortages={"type": "array", "items": SHORTAGE}
 )
-INVALID_TRANSITION = problem_schema("invalid-transition", 409)
-DUPLICATE_SKU = problem_schema("duplicate-sku", 409, product_id=ID)
-VALIDATION_FAILED = problem_schema("validation", 422, errors={"type": "array", "items": ERROR})
-IDEMPOTENCY_KEY_REUSED = problem_schema("idempotency-key-reused", 422)
+INVALID_TRANSITION = problem_schema("urn:problem-type:invalid-transition")
+DUPLICATE_SKU = problem_schema("urn:problem-type:duplicate-sku", product_id=ID)
+VALIDATION_FAILED = problem_schema(
+    "urn:problem-type:validation", errors={"type": "array", "items": ERROR}
+)
+IDEMPOTENCY_KEY_REUSED = problem_schema("urn:problem-type:idempotency-key-reused")
 
 KEY = {  # bare, or quoted as a string of RFC 8941
     "type": "string",
@@ -245,19 +243,15 @@ AFTER = ID | {
     "description": "Continue after the item with this id; 0 starts at the beginning.",
 }
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Items per page."}
+SORT = STRING | {"default": "id", "description": "The order of the items; a leading - reverses it."}
+PAGING: dict[str, dict] = {
+    "sort": SORT | {"enum": list(db.ID_ORDERS)},
+    "limit": LIMIT | {"default": 100},
+    "after": AFTER,
+}
+
 NO_QUERY = object_schema()
 ANY_QUERY = object_schema()  # ignored: a monitor adds one to every request
-
-
-def sort_schema(orders: dict) -> dict:
-    return {
-        "type": "string",
-        "enum": list(orders),
-        "default": "id",
-        "description": "The order of the items; a leading - reverses it.",
-    }
-
-
 PRODUCT_QUERY = object_schema(
     "",
     q=TEXT | {"description": "Words in name or description, ignoring case and accents."},
@@ -266,20 +260,16 @@ PRODUCT_QUERY = object_schema(
         "description": "Only products in stock (true) or out of stock (false).",
     },
     sku=SKU | {"description": "Only the product with this sku; if empty, those without one."},
-    sort=sort_schema(db.PRODUCT_ORDERS),
+    sort=SORT | {"enum": list(db.PRODUCT_ORDERS)},
     limit=LIMIT,
     after=AFTER,
 )
-MOVEMENT_QUERY = object_schema(
-    "", sort=sort_schema(db.ID_ORDERS), limit=LIMIT | {"default": 100}, after=AFTER
-)
+MOVEMENT_QUERY = object_schema("", **PAGING)
 ORDER_QUERY = object_schema(
     "",
     status=STATUS | {"description": "Only orders with this status."},
     reference=REFERENCE | {"description": "Only orders with exactly this reference."},
-    sort=sort_schema(db.ID_ORDERS),
-    limit=LIMIT | {"default": 100},
-    after=AFTER,
+    **PAGING,
 )
 
 
@@ -323,7 +313,7 @@ INDEX = {
     "health": "/healthz",
     "openapi": "/openapi.json",
 }
-INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, {"type": "string"}))
+INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, STRING))
 
 
 @api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody", html=True, database=False))
@@ -1175,12 +1165,15 @@ def compile_array(schema: dict) -> Validator:
         if not least <= len(value) <= most:
             errors.append((path, f"must have {least} to {most} items, not {len(value)}"))
             return []
-        items = [validate_item(item, path + (n,), errors) for n, item in enumerate(value)]
-        ids = [item.get(key) for item in items]
-        if len(set(ids)) < len(ids):
-            for n, item_id in enumerate(ids):
-                if item_id and item_id in ids[:n]:  # neither absent nor invalid
-                    errors.append((path + (n,), f"repeats {key} {item_id}"))
+        items = []
+        seen = set()
+        for position, item in enumerate(value):
+            fields = validate_item(item, path + (position,), errors)
+            items.append(fields)
+            item_id = fields.get(key)
+            if item_id in seen and item_id:  # it is neither absent nor invalid
+                errors.append((path + (position,), f"repeats {key} {item_id}"))
+            seen.add(item_id)
         return items
 
     return validate_array
@@ -1213,11 +1206,12 @@ def compile_string(schema: dict) -> Validator:
 
 
 def compile_number(schema: dict) -> Validator:
-    """A number with two decimals comes back in whole hundredths: a price in cents."""
+    """A number with `decimals` is returned in whole hundredths: a price in cents."""
     least = schema["minimum"]
     most = schema["maximum"]
     decimals = schema.get("decimals", 0)
-    step = Decimal(10) ** -decimals
+    factor = 10**decimals
+    step = Decimal(1) / factor
     noun = "a number" if decimals else "an integer"
     too_fine = "must have at most two decimals" if decimals else "must be an integer"
 
@@ -1229,7 +1223,7 @@ def compile_number(schema: dict) -> Validator:
         elif type(value) is Decimal and value != value.quantize(step):
             message = too_fine
         else:
-            return int(value * 10**decimals)
+            return int(value * factor)
         errors.append((path, message))
         return 0
 
@@ -1354,7 +1348,10 @@ def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
         path = re.sub("<(.*?):id>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = describe_operation(route, secured)
     components: dict[str, Any] = {
-        "schemas": {name: describe_schema(schema, name) for name, (schema, _) in SCHEMAS.items()},
+        "schemas": {
+            name: describe_schema(schema, is_component=True)
+            for name, (schema, _) in SCHEMAS.items()
+        },
         "responses": {
             str(status): describe_error(status) for status in ERRORS if status != 401 or secured
         },
@@ -1376,26 +1373,20 @@ def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
     }
 
 
-def describe_schema(schema: dict, name: str = "", is_required: bool = False) -> dict:
-    """The schema in JSON Schema's own keywords, with references to all others that have a name."""
-    own_name = next((key for key, (named, _) in SCHEMAS.items() if named is schema), name)
-    if own_name != name:
-        return {"$ref": f"#/components/schemas/{own_name}"}
+def describe_schema(schema: dict, *, is_component: bool = False) -> dict:
+    """The schema in JSON Schema's own keywords; one that has a name becomes a reference to it."""
+    name = next((name for name, (named, _) in SCHEMAS.items() if named is schema), "")
+    if name and not is_component:
+        return {"$ref": f"#/components/schemas/{name}"}
     described: dict[str, Any] = {}
     sentences = [schema["description"]] if "description" in schema else []
     for keyword, value in schema.items():
         if keyword == "properties":
-            # An update has no defaults either.
-            required = value if "minProperties" in schema else schema["required"]
-            described[keyword] = {
-                field: describe_schema(value[field], is_required=field in required)
-                for field in value
-            }
-        elif keyword != "default" and isinstance(value, dict):  # a schema within this one
-            described[keyword] = describe_schema(value)
+            described[keyword] = {field: describe_schema(value[field]) for field in value}
         elif keyword in OWN_KEYWORDS:
-            if keyword != "default" or not is_required:
-                sentences.append(OWN_KEYWORDS[keyword].format(json_encode(value)))
+            sentences.append(OWN_KEYWORDS[keyword].format(json_encode(value)))
+        elif isinstance(value, dict):  # a schema within this one
+            described[keyword] = describe_schema(value)
         elif keyword != "message":
             described[keyword] = value
     if sentences:
