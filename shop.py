@@ -275,27 +275,34 @@ ORDER_QUERY = object_schema(
 
 # ----------------------------------------------------------------------------------------- routes
 # A route takes by name what it needs: store, query, body, if_match, secured, the ids in its path.
-# Its Spec says what is valid; the plugin of part 3 reads, validates and passes it.
+# The plugin of part 3 reads and validates them as the route's Spec says, and passes them.
 
 JSON = "application/json"
-PATCH_TYPES = (JSON, "application/merge-patch+json")
 
 
 class Spec(NamedTuple):
     """All that the plugin, the server and the documentation know about a route."""
 
-    response: dict | None  # schema of its body
-    status: int = 200
+    response: dict | None  # schema of the response's body
+    status: int = 200  # of a success
     body: dict | None = None  # schema of the request's body
     query: dict = NO_QUERY
     media_types: tuple = (JSON,)  # accepted for the body
     access: str = "admin"  # whose token it needs, if that is set: admin, order, or nobody
-    etag: bool = False  # its success has an ETag
+    etag: bool = False  # a success has an ETag
     if_match: bool = False  # If-Match guards the change
     conflicts: tuple = ()  # schemas of its 409s
     slow: bool = False  # may take long: the server runs it in another thread
     html: bool = False  # browsers get a page instead
     database: bool = True  # uses the database, which may be unavailable: 503
+
+
+# What the Specs of all changes of an item by PATCH have in common.
+PATCH: dict[str, Any] = {
+    "media_types": (JSON, "application/merge-patch+json"),
+    "etag": True,
+    "if_match": True,
+}
 
 
 def new_bottle() -> bottle.Bottle:
@@ -367,14 +374,7 @@ def get_product(store, product_id):
 
 @api.patch(
     "/products/<product_id:id>/",
-    spec=Spec(
-        PRODUCT,
-        body=PRODUCT_UPDATE,
-        media_types=PATCH_TYPES,
-        etag=True,
-        if_match=True,
-        conflicts=(DUPLICATE_SKU,),
-    ),
+    spec=Spec(PRODUCT, body=PRODUCT_UPDATE, conflicts=(DUPLICATE_SKU,), **PATCH),
 )
 def update_product(store, product_id, body, if_match):
     """Change the given fields of a product; metadata is merged."""
@@ -444,24 +444,17 @@ def get_order(store, order_id):
 
 @api.patch(
     "/orders/<order_id:id>/",
-    spec=Spec(
-        ORDER,
-        body=ORDER_UPDATE,
-        media_types=PATCH_TYPES,
-        etag=True,
-        if_match=True,
-        conflicts=(INVALID_TRANSITION,),
-    ),
+    spec=Spec(ORDER, body=ORDER_UPDATE, conflicts=(INVALID_TRANSITION,), **PATCH),
 )
 def update_order(store, order_id, body, if_match):
     """Complete an order, or cancel it and put its stock back; change its reference or metadata.
 
-    A pending order becomes completed or cancelled, a completed one cancelled: goods come back.
+    A completed order can be cancelled too: its goods come back. A cancelled one stays so.
     """
     return order_response(store.update_order(order_id, if_match=if_match, **body))
 
 
-# The responses of the routes: each sets status and headers in bottle.response and returns the body.
+# Responses: each function sets status and headers in bottle.response and returns the body.
 
 json_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -472,7 +465,7 @@ def to_json(value) -> bytes:
 
 
 def json_response(value, status: int = 200, etag: str | None = None, /, **headers: str) -> bytes:
-    """A success: the value as JSON, or the bytes of JSON."""
+    """A success: its body is the value as JSON, or JSON that is bytes already."""
     response = bottle.response
     response.status = status
     response["Content-Type"] = JSON
@@ -490,19 +483,16 @@ def html_response(page: str) -> bytes:
 
 
 def prefers_html(accept: str) -> bool:
-    """Whether an Accept header puts text/html before application/json, as browsers do."""
-    return quality(accept, "text/html") > quality(accept, JSON)
-
-
-def quality(accept: str, media_type: str) -> float:
-    """The weight of a media type in an Accept header (RFC 9110, 12.5.1)."""
-    ranges = [media_type, media_type.partition("/")[0] + "/*", "*/*"]
-    qualities = {}
-    for item in accept.lower().split(","):
-        name, *parameters = item.replace(" ", "").split(";")
-        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        qualities[name] = float(weight) if re.fullmatch(r"[01](\.\d{0,3})?", weight) else 0
-    return next((qualities[name] for name in ranges if name in qualities), 0)
+    """Whether an Accept header puts HTML before JSON, as browsers do (RFC 9110, 12.5.1)."""
+    weights = {}
+    for item in accept.lower().replace(" ", "").split(","):
+        media_range, *parameters = item.split(";")
+        weight = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        weights[media_range] = float(weight) if re.fullmatch(r"[01](\.\d{0,3})?", weight) else 0
+    anything = weights.get("*/*", 0)
+    for_html = weights.get("text/html", weights.get("text/*", anything))
+    for_json = weights.get(JSON, weights.get("application/*", anything))
+    return for_html > for_json
 
 
 def product_to_json(product: dict) -> dict:
