@@ -1285,11 +1285,8 @@ SCHEMAS: dict[str, tuple[dict, dict | Exception]] = {
     "IdempotencyKeyReused": (IDEMPOTENCY_KEY_REUSED, db.IdempotencyKeyReused()),
 }
 PATH_ID = ID | {"description": "The id that the shop gave it."}
-REQUEST_HEADERS = {
-    "Idempotency-Key": KEY,
-    "If-Match": {"type": "string", "description": "ETags: 412 unless one of them is current."},
-    "If-None-Match": {"type": "string", "description": "ETags: 304 if one of them is current."},
-}
+IF_MATCH = STRING | {"description": "ETags: 412 unless one of them is current."}
+IF_NONE_MATCH = STRING | {"description": "ETags: 304 if one of them is current."}
 RESPONSE_HEADERS = {
     "Accept": "The media types accepted for the body.",
     "Accept-Encoding": "identity, if the body was compressed.",
@@ -1303,7 +1300,7 @@ RESPONSE_HEADERS = {
     "Vary": "Accept.",
     "WWW-Authenticate": "Bearer.",
 }
-# The problems without a type of their own, and what headers they have.
+# The problems of type about:blank, and the headers that each has.
 ERRORS: dict[int, tuple[str, list[str]]] = {
     400: ("The request or its body cannot be read.", []),
     401: ("The token is missing or wrong.", ["WWW-Authenticate"]),
@@ -1319,8 +1316,8 @@ ERRORS: dict[int, tuple[str, list[str]]] = {
 }
 TAGS = {
     "products": "What is for sale, and how much of it is left.",
-    "orders": "Sales, with names and prices as they were.",
-    "service": "The paths, their description, and whether the shop is well.",
+    "orders": "Sales, with names and prices as of the sale.",
+    "service": "The index, this description, and the health check.",
 }
 # The shop's own keywords, as sentences.
 OWN_KEYWORDS = {
@@ -1389,22 +1386,17 @@ def describe_schema(schema: dict, *, is_component: bool = False) -> dict:
     return described
 
 
-def describe_content(media_types: tuple, *schemas: dict, **keywords) -> dict:
-    described = [describe_schema(schema) for schema in schemas]
-    schema = described[0] if len(described) == 1 else {"oneOf": described}
-    return {media_type: {"schema": schema, **keywords} for media_type in media_types}
-
-
 def describe_headers(*names: str) -> dict:
-    string = {"type": "string"}
-    return {name: {"description": RESPONSE_HEADERS[name], "schema": string} for name in names}
+    return {name: {"description": RESPONSE_HEADERS[name], "schema": STRING} for name in names}
 
 
-def describe_problem(text: str, headers: list[str], *schemas: dict, **keywords) -> dict:
+def describe_problem(text: str, headers: list[str], *schemas: dict, **example: dict) -> dict:
+    described = [describe_schema(schema) for schema in schemas]
+    schema = {"oneOf": described} if len(described) > 1 else described[0]
     return {
         "description": text,
         "headers": describe_headers("Cache-Control", *headers),
-        "content": describe_content(("application/problem+json",), *schemas, **keywords),
+        "content": {"application/problem+json": {"schema": schema, **example}},
     }
 
 
@@ -1428,25 +1420,25 @@ def describe_operation(route: bottle.Route, secured: frozenset[str]) -> dict:
         "responses": describe_success(route, spec) | describe_failures(route, spec, needs_token),
     }
     if spec.body:
-        content = describe_content(spec.media_types, spec.body)
+        content = dict.fromkeys(spec.media_types, {"schema": describe_schema(spec.body)})
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
 def describe_parameters(route: bottle.Route, spec: Spec) -> list[dict]:
-    headers = {
-        "Idempotency-Key": route.method == "POST",
-        "If-Match": spec.if_match,
-        "If-None-Match": spec.etag and route.method == "GET",
-    }
     schemas = [("query", name, schema) for name, schema in spec.query["properties"].items()]
     schemas += [("path", name, PATH_ID) for name in re.findall("<(.*?):id>", route.rule)]
-    schemas += [("header", name, REQUEST_HEADERS[name]) for name in headers if headers[name]]
+    if route.method == "POST":
+        schemas.append(("header", "Idempotency-Key", KEY))
+    if spec.if_match:
+        schemas.append(("header", "If-Match", IF_MATCH))
+    if spec.etag and route.method == "GET":
+        schemas.append(("header", "If-None-Match", IF_NONE_MATCH))
     parameters = []
     for place, name, schema in schemas:
-        parameter = {"name": name, "in": place, "required": place == "path"}
         described = describe_schema(schema)
-        parameter["description"] = described.pop("description")
+        text = described.pop("description")
+        parameter = {"name": name, "in": place, "required": place == "path", "description": text}
         parameters.append(parameter | {"schema": described})
     return parameters
 
@@ -1464,9 +1456,9 @@ def describe_success(route: bottle.Route, spec: Spec) -> dict:
     headers = describe_headers(*(name for name in possible if possible[name]))
     success: dict[str, Any] = {"description": "Success.", "headers": headers}
     if spec.response:
-        success["content"] = describe_content((JSON,), spec.response)
+        success["content"] = {JSON: {"schema": describe_schema(spec.response)}}
     if spec.html:
-        success["content"]["text/html"] = {"schema": {"type": "string"}}
+        success["content"]["text/html"] = {"schema": STRING}
     responses = {str(spec.status): success}
     if spec.etag and route.method == "GET":
         responses["304"] = {"description": "If-None-Match names the ETag.", "headers": headers}
