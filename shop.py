@@ -1486,40 +1486,44 @@ def describe_failures(route: bottle.Route, spec: Spec, needs_token: bool) -> dic
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width"><title>Shop</title><style>
-:root { color-scheme: light dark; --page: #f3f5f8; --card: #fff; --line: #d9dfe7; --soft: #566173 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0e1218; --card: #171d26; --line: #303a47; --soft: #9ba7b6 } }
-* { box-sizing: border-box; min-width: 0; border: 0 solid var(--line); overflow-wrap: anywhere }
-body { max-width: 76rem; margin: auto; padding: 1rem 1rem 5rem; background: var(--page) }
-body, input, button { font: 1rem/1.6 system-ui, sans-serif } summary { padding: .8rem 1rem }
-h2 { margin: 2.5rem 0 .8rem; text-transform: capitalize } h3 { display: inline; margin: 0 .3rem }
-small { color: var(--soft); font-weight: 400 } th small { display: block }
-header { max-width: 46rem } #token { -webkit-text-security: disc } td { padding: .5rem 0 }
-code, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
-details { margin: .6rem 0; background: var(--card); border-width: 1px } h4 { margin: 1rem 0 .6rem }
-details, pre, input, textarea, button { border-radius: .5rem } section > pre { user-select: all }
+:root { color-scheme: light dark }
+* { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere }
+body { max-width: 76rem; margin: auto; padding: 1rem 1rem 5rem }
+body, input, button { font: 1rem/1.6 system-ui, sans-serif }
+h3 { display: inline; margin: 0 .3rem }
+h3, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
+small { opacity: .75; font-weight: 400 }
+details { margin: .6rem 0; border: 1px solid #8886; border-radius: .5rem }
+summary { padding: .8rem 1rem }
 article { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 0 3rem; padding: 0 1.2rem 1.2rem }
+b, button { color: #fff; background: #1c5cc0 }
 b { display: inline-block; width: 5em; border-radius: 4px; text-align: center; font-size: .8rem }
-b, form button { color: #fff; background: #1c5cc0 } .POST { background: #17703f }
-.PATCH { background: #8a4b00 } .DELETE { background: #b3261e } p:empty, pre:empty { display: none }
-table { width: 100%; table-layout: fixed; border-collapse: collapse } tr { border-top-width: 1px }
-tr { vertical-align: top } th { width: 8.6rem; padding: .5rem .6rem .5rem 0; text-align: left }
-pre { margin: .6rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap }
-pre, input, textarea, button { padding: .5rem .8rem; background: var(--page) }
-input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px solid var(--soft) }
+.POST { background: #17703f }
+.PATCH { background: #8a4b00 }
+.DELETE { background: #b3261e }
+table { width: 100%; table-layout: fixed; border-collapse: collapse }
+tr { border-top: 1px solid #8886; vertical-align: top }
+th { width: 8.6rem; text-align: left }
+th, td { padding: .5rem .5rem .5rem 0 }
+th small { display: block }
+pre, input, textarea, button { padding: .5rem .8rem; border: 0; border-radius: .5rem }
+pre { max-height: 30rem; overflow: auto; white-space: pre-wrap; background: #8882 }
+input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px solid gray }
+#token { -webkit-text-security: disc }
+p:empty, pre:empty { display: none }
 </style><header><h1>Shop</h1>
 <p>{{document["info"]["description"]}} <a href="{{base}}/openapi.json">OpenAPI document</a></p>
 <label>Token <small>for every request below; forgotten when you leave the page</small>
-<input id="token" name="token" autocomplete="off" spellcheck="false"></label></header><main>
+<input id="token" autocomplete="off" spellcheck="false"></label></header><main>
 % for tag, operations in groups.items():
-<h2>{{tag}}</h2>
+<h2>{{tag.title()}}</h2>
 % for path, verb, operation in operations:
 % fields, body = show_body(operation.get("requestBody", {}))
 % token = ' -H "Authorization: Bearer $TOKEN"' if operation["security"] else ""
 <details id="{{operation["operationId"]}}"><summary><b class="{{verb}}">{{verb}}</b>
-<h3><code>{{path}}</code></h3> {{operation["summary"]}} <small>{{"(token)" * bool(token)}}</small>
-</summary><article><form data-method="{{verb}}" data-path="{{base + path}}" autocomplete="off">
+<h3>{{path}}</h3> {{operation["summary"]}} <small>{{"(token)" * bool(token)}}</small></summary>
+<article><form data-method="{{verb}}" data-path="{{base + path}}" autocomplete="off">
 <p>{{operation["description"].removeprefix(operation["summary"])}}</p><h4>Request</h4><table>
 % for field in operation["parameters"] + fields:
 <tr><th>{{field["name"]}} <small>{{field["in"]}}</small><td>{{explain(field)}}
@@ -1530,36 +1534,37 @@ input, textarea { display: block; width: 100%; margin: .3rem 0; border: 1px soli
 % end
 </table>
 % if body:
-<input type="hidden" name="Content-Type" data-in="header" value="application/json"><label>Body
+<input type="hidden" name="Content-Type" data-in="header" value="application/json">
+<label>Body
 <textarea name="body" data-in="body" rows="9" spellcheck="false">{{body}}</textarea></label>
 % end
-<button>Send</button><pre role="status" tabindex="0"></pre></form><section>
-<h4>With curl</h4><pre>curl -X {{verb}}{{token}} <span>http://localhost:8000</span>\
-{{base + path.replace("{product_id}", "1").replace("{order_id}", "1")}}\
+<button>Send</button><pre role="status" tabindex="0"></pre></form>
+<section><h4>With curl</h4><pre>curl -X {{verb}}{{token}} <span>http://localhost:8000</span>\
+{{base + path.format(product_id=1, order_id=1)}}\
 {{body and f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"}}</pre>
 <h4>Responses</h4><table>
 % for status, response in operation["responses"].items():
-<tr><th>{{status}} <td>{{resolve(response)["description"]}}
-<pre>{{show_body(response)[1]}}</pre>
+<tr><th>{{status}} <td>{{resolve(response)["description"]}} <pre>{{show_body(response)[1]}}</pre>
 % end
 </table></section></article></details>
 % end
 % end
-</main><script>for (const a of document.querySelectorAll("pre>span")) a.innerText = location.origin;
+</main><script>
+for (const host of document.querySelectorAll("pre>span")) host.innerText = location.origin;
 async function send(form, token) {
   const given = { path: {}, query: {}, header: {}, body: {} };
   if (token) given.header.Authorization = `Bearer ${token}`;
   for (const { dataset, name, value } of form) if (value) given[dataset.in][name] = value;
   const path = form.dataset.path.replace(/{(.*?)}/g, (_, id) => encodeURIComponent(given.path[id]));
-  const query = new URLSearchParams(given.query).toString();
-  const response = await fetch(path + (query && `?${query}`), {
-    method: form.dataset.method, headers: given.header, cache: "no-store", ...given.body });
+  const response = await fetch(`${path}?${new URLSearchParams(given.query)}`, {
+    method: form.dataset.method, headers: given.header, body: given.body.body, cache: "no-store" });
   const headers = Array.from(response.headers, (pair) => pair.join(": "));
   let body = await response.text();
   try { body = JSON.stringify(JSON.parse(body), null, 2); } catch { /* not JSON */ }
   return [`${response.status} ${response.statusText}`, ...headers, "", body].join("\\n");
 }
-document.addEventListener("submit", (event) => { event.preventDefault();
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
   const show = (text) => { event.target.querySelector("pre").textContent = text; };
   send(event.target, document.getElementById("token").value).then(show, show);
 });
@@ -1586,10 +1591,13 @@ def render_page(script_name: str, secured: frozenset[str]) -> str:
             groups[operation["tags"][0]].append((path, verb.upper(), operation))
 
     def resolve(node: dict) -> dict:
-        steps = node.get("$ref", "").split("/")[1:]
-        return functools.reduce(dict.__getitem__, steps, document) if steps else node
+        if "$ref" not in node:
+            return node
+        _, _, kind, name = node["$ref"].split("/")
+        return document["components"][kind][name]
 
     def show_body(part: dict) -> tuple[list, str]:
+        """The fields and the example of a request or response; of several schemas, the first."""
         media: dict = next(iter(part.get("content", {}).values()), {"schema": {}})
         schema = resolve(media["schema"].get("oneOf", [media["schema"]])[0])
         examples = [json.dumps(example, indent=2) for example in schema.get("examples", [])]

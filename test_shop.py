@@ -2402,7 +2402,7 @@ def test_the_page_is_made_for_a_phone_and_for_both_colour_schemes(shop):
     [viewport] = [meta for meta in page.attributes("meta") if meta.get("name") == "viewport"]
     assert "width=device-width" in viewport["content"]
     [style] = page.texts("style")
-    assert "prefers-color-scheme: dark" in style
+    assert "color-scheme: light dark" in style
     assert page.attributes("html")[0]["lang"] == "en"
 
 
