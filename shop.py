@@ -1334,17 +1334,6 @@ def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
     for route in api.routes:
         path = re.sub("<(.*?):id>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = describe_operation(route, secured)
-    components: dict[str, Any] = {
-        "schemas": {
-            name: describe_schema(schema, is_component=True)
-            for name, (schema, _) in SCHEMAS.items()
-        },
-        "responses": {
-            str(status): describe_error(status) for status in ERRORS if status != 401 or secured
-        },
-    }
-    if secured:
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -1356,7 +1345,14 @@ def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
         "servers": [{"url": script_name or "/"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
-        "components": components,
+        "components": {
+            "schemas": {
+                name: describe_schema(schema, is_component=True)
+                for name, (schema, _) in SCHEMAS.items()
+            },
+            "responses": {str(status): describe_error(status) for status in ERRORS},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
