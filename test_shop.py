@@ -2471,13 +2471,12 @@ def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
     html = "</textarea></pre><script>alert(1)</script>&amp;\"'"
     monkeypatch.setitem(shop_module.MUG, "name", html)
     monkeypatch.setitem(shop_module.SCHEMAS["NewProduct"][1], "name", html)
-    page = Page(shop_module.render_page.__wrapped__('/"><script>x</script>', frozenset()))
+    mount_point = {"SCRIPT_NAME": '/"><script>x</script>'}  # for which no page is cached
+    response = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point)
+    page = Page(response.text)
     assert len(page.texts("script")) == 1
     [body] = page.texts("textarea", "create_product")
     assert json.loads(body)["name"] == html
-    mount_point = {"SCRIPT_NAME": '/"><script>x</script>'}
-    hostile = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point)
-    assert len(Page(hostile.text).texts("script")) == 1
 
 
 # ------------------------------------------------------------------------------------------- races
@@ -4240,16 +4239,15 @@ def test_the_script_of_the_readme_runs(tmp_path, monkeypatch):
 def test_openapi_describes_every_route(shop):
     document = shop("GET", "/openapi.json").json
     assert document["openapi"] == "3.1.0"
-    assert {(method, path) for method, path, _ in operations_of_openapi()} == {
-        (route.method, re.sub(r"<(\w+):id>", r"{\1}", route.rule))
-        for route in shop_module.api.routes
-    }
+    described = set()
     for method, path, operation in operations_of_openapi(document):
+        described.add((operation["operationId"], method, with_ids(path)))
         parameters = {(item["in"], item["name"]) for item in operation["parameters"]}
         assert (("header", "Idempotency-Key") in parameters) == (method == "POST")
         in_path = {name for place, name in parameters if place == "path"}
         assert in_path == set(re.findall(r"\{(\w+)\}", path))
-        assert "401" not in operation["responses"]
+    assert described == {(name, method, path) for name, (_, method, path, _) in ACCESS.items()}
+    assert len(described) == len(shop_module.api.routes)
 
 
 def test_the_schemas_of_openapi_are_those_that_validate():
@@ -4277,9 +4275,9 @@ def test_every_operation_of_a_resource_is_named_as_the_method_of_the_store():
             assert callable(getattr(db.Store, operation["operationId"]))
 
 
-@pytest.mark.parametrize("tokens", [{}, {"order_token": "other"}])
+@pytest.mark.parametrize("tokens", [(), ("admin",), ("admin", "order")])
 def test_openapi_requires_the_token_where_the_shop_does(make_shop, tokens):
-    shop = make_shop(admin_token="secret", **tokens)
+    shop = make_shop(**{f"{name}_token": f"{name}-secret" for name in tokens})
     for method, path, operation in operations_of_openapi(shop("GET", "/openapi.json").json):
         refused = shop(method, with_ids(path)).status_int == 401
         assert refused == bool(operation["security"])
@@ -4338,24 +4336,24 @@ def test_two_decimals_unique_products_and_defaults_are_described_in_words():
         assert "two decimals" in words(name, "price")
     assert "product_id" in words("NewOrder", "products")
     assert "once" in words("NewOrder", "products")
-    for name, field, default in [
-        ("NewProduct", "description", '""'),
-        ("NewProduct", "stock", "0"),
-        ("NewProduct", "sku", '""'),
-        ("NewProduct", "metadata", "{}"),
-        ("NewOrder", "reference", '""'),
-        ("NewOrder", "metadata", "{}"),
+    for name, defaults in [
+        ("NewProduct", {"description": '""', "stock": "0", "sku": '""', "metadata": "{}"}),
+        ("StockUpdate", {"note": '""'}),
+        ("NewOrder", {"reference": '""', "metadata": "{}"}),
     ]:
-        assert f"Default: {default}" in words(name, field)
-        assert field not in schemas[name]["required"]
+        properties = schemas[name]["properties"]
+        assert properties.keys() - schemas[name]["required"] == defaults.keys()
+        for field, default in defaults.items():
+            assert f"Default: {default}." in words(name, field)
+    for name in "Product", "ProductUpdate", "Order", "OrderUpdate":
+        assert "Default" not in json.dumps(schemas[name])
     for path, defaults in (
-        ("/products/", {"sort": "id"}),
-        ("/orders/", {"sort": "id", "limit": "100"}),
+        ("/products/", {"sort": '"id"'}),
+        ("/orders/", {"sort": '"id"', "limit": "100"}),
     ):
-        parameters = openapi()["paths"][path]["get"]["parameters"]
-        described = {item["name"]: item["description"] for item in parameters}
-        for name, default in defaults.items():
-            assert re.search(rf'Default: "?{default}\b', described[name])
+        for item in openapi()["paths"][path]["get"]["parameters"]:
+            default = defaults.get(item["name"])
+            assert (f"Default: {default}." in item["description"]) == (default is not None)
 
 
 def test_only_the_schemas_of_requests_are_closed_to_new_fields():
@@ -4415,7 +4413,6 @@ def test_nested_schemas_are_references():
 
 def test_every_operation_and_parameter_is_described_and_every_tag_used():
     operations = [operation for _, _, operation in operations_of_openapi()]
-    assert sorted(operation["operationId"] for operation in operations) == sorted(ACCESS)
     for operation in operations:
         assert operation["summary"].strip()
         assert operation["description"].strip()
@@ -4488,14 +4485,12 @@ def test_the_schemas_of_openapi_accept_and_reject_what_the_shop_does(shop, mug):
     for name, body in [
         ("ProductUpdate", {}),
         ("StockUpdate", {"change": 10**9 + 1}),
+        ("OrderUpdate", {}),
         ("OrderUpdate", {"status": "pending"}),
+        ("OrderUpdate", {"reference": None}),
         ("NewOrder", referring("x" * 201, (1, 1))),
         ("NewOrder", referring("\0", (1, 1))),
-        ("OrderUpdate", {}),
-        ("OrderUpdate", {"reference": None}),
-        ("NewOrder", order_of((1, 1)) | {"metadata": FULL_METADATA | {"more": ""}}),
         ("NewOrder", order_of((1, 1)) | {"metadata": {"a": None}}),
-        ("NewProduct", {"name": "x", "price": 1, "metadata": {"a": None}}),
         ("NewProduct", {"name": "x", "price": 1, "metadata": FULL_METADATA | {"more": ""}}),
     ]:
         assert any(schema_errors(body, schemas[name])), body
@@ -4508,25 +4503,11 @@ def test_the_schemas_of_openapi_accept_and_reject_what_the_shop_does(shop, mug):
             assert list(schema_errors({"metadata": entries}, schemas[name])) == []
 
 
-def test_openapi_describes_metadata_as_a_map_of_strings_and_its_patch_of_nullable_ones():
-    schemas = openapi()["components"]["schemas"]
-    for name in "Product", "NewProduct", "Order", "NewOrder":
-        metadata = schemas[name]["properties"]["metadata"]
-        assert metadata["type"] == "object"
-        assert metadata["maxProperties"] == 50
-        assert metadata["additionalProperties"]["type"] == "string"
-        assert metadata["additionalProperties"]["maxLength"] == 500
-        assert metadata["propertyNames"] == {"pattern": "^[A-Za-z0-9_-]{1,40}$"}
-    for name in "ProductUpdate", "OrderUpdate":
-        metadata = schemas[name]["properties"]["metadata"]
-        assert metadata["additionalProperties"]["type"] == ["string", "null"]
-        assert metadata["additionalProperties"]["maxLength"] == 500
-        assert metadata["propertyNames"] == {"pattern": "^[A-Za-z0-9_-]{1,40}$"}
-        assert "maxProperties" not in metadata
-        assert "Default" not in metadata["description"]
-        path = "/products/1/" if name == "ProductUpdate" else "/orders/1/"
-        content = declared_operation("PATCH", path)["requestBody"]["content"]
-        assert list(content) == ["application/json", "application/merge-patch+json"]
+def test_openapi_declares_the_media_types_of_each_body():
+    for method, _, operation in operations_of_openapi():
+        if "requestBody" in operation:
+            patch = ["application/merge-patch+json"] * (method == "PATCH")
+            assert list(operation["requestBody"]["content"]) == ["application/json", *patch]
 
 
 def test_dockerfile_compose_file_and_readme_agree(tmp_path):
