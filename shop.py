@@ -218,8 +218,9 @@ SHORTAGE = object_schema(product_id=ID, requested=STOCK, available=STOCK)
 def problem_schema(kind: str, /, **members: dict) -> dict:
     """Problem details; their type is constant, so that each matches only one schema."""
     status = {"type": "integer"}
-    kind_only = STRING | {"const": kind}
-    return object_schema(type=kind_only, title=STRING, status=status, detail=STRING, **members)
+    return object_schema(
+        type=STRING | {"const": kind}, title=STRING, status=status, detail=STRING, **members
+    )
 
 
 PROBLEM = problem_schema("about:blank")
@@ -327,9 +328,11 @@ INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, STRING))
 def get_index(secured):
     """List the paths; a browser gets a page about them."""
     bottle.response["Vary"] = "Accept"
-    if prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
-        return html_response(render_page(mount_point(), secured))
-    return json_response({name: mount_point() + path for name, path in INDEX.items()})
+    if not prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
+        return json_response({name: mount_point() + path for name, path in INDEX.items()})
+    bottle.response["Content-Type"] = "text/html; charset=utf-8"
+    bottle.response["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+    return render_page(mount_point(), secured).encode()
 
 
 @api.get("/healthz", spec=Spec(HEALTH, query=ANY_QUERY, access="nobody"))
@@ -474,12 +477,6 @@ def json_response(value, status: int = 200, etag: str | None = None, /, **header
     if etag:
         response["ETag"] = f'"{etag}"'
     return value if isinstance(value, bytes) else to_json(value)
-
-
-def html_response(page: str) -> bytes:
-    bottle.response["Content-Type"] = "text/html; charset=utf-8"
-    bottle.response["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-    return page.encode()
 
 
 def prefers_html(accept: str) -> bool:
@@ -1086,8 +1083,8 @@ def validate(value: Any, validator: Validator) -> Any:
 
 
 def compile_schema(schema: dict) -> Validator:
-    if isinstance(schema["type"], list):
-        kind, _ = schema["type"]  # such as ["string", "null"]
+    if isinstance(schema["type"], list):  # such as ["string", "null"]
+        kind, _ = schema["type"]
         validator = compile_schema(schema | {"type": kind})
         return lambda value, *place: None if value is None else validator(value, *place)
     if "propertyNames" in schema:
@@ -1202,12 +1199,12 @@ def compile_number(schema: dict) -> Validator:
     decimals = schema.get("decimals", 0)
     factor = 10**decimals
     step = Decimal(1) / factor
-    noun = "a number" if decimals else "an integer"
-    too_fine = "must have at most two decimals" if decimals else "must be an integer"
+    wrong_type = "must be a number" if decimals else "must be an integer"
+    too_fine = "must have at most two decimals" if decimals else wrong_type
 
     def validate_number(value: Any, path: tuple, errors: list[Error]) -> int:
         if type(value) not in (int, Decimal):  # nor bool, which is an int to isinstance
-            message = f"must be {noun}"
+            message = wrong_type
         elif not least <= value <= most:
             message = f"must be {least} to {most}"
         elif type(value) is Decimal and value != value.quantize(step):
@@ -1220,13 +1217,10 @@ def compile_number(schema: dict) -> Validator:
     return validate_number
 
 
-def compile_boolean(schema: dict) -> Validator:
-    def validate_boolean(value: Any, path: tuple, errors: list[Error]) -> bool:
-        if type(value) is not bool:
-            errors.append((path, "must be true or false"))
-        return value
-
-    return validate_boolean
+def validate_boolean(value: Any, path: tuple, errors: list[Error]) -> bool:
+    if type(value) is not bool:
+        errors.append((path, "must be true or false"))
+    return value
 
 
 COMPILERS = {
@@ -1235,7 +1229,7 @@ COMPILERS = {
     "string": compile_string,
     "integer": compile_number,
     "number": compile_number,
-    "boolean": compile_boolean,
+    "boolean": lambda schema: validate_boolean,
 }
 
 
@@ -1329,7 +1323,10 @@ OWN_KEYWORDS = {
 
 @functools.lru_cache(maxsize=16)
 def openapi_document(script_name: str, secured: frozenset[str]) -> dict:
-    """The interface as OpenAPI 3.1, for a shop mounted there; secured: Spec.access with a token."""
+    """The interface as OpenAPI 3.1.
+
+    script_name: where the shop is mounted. secured: the values of Spec.access that need a token.
+    """
     paths: dict[str, dict] = {}
     for route in api.routes:
         path = re.sub("<(.*?):id>", r"{\1}", route.rule)
@@ -1486,8 +1483,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" 
 * { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere }
 body { max-width: 76rem; margin: auto; padding: 1rem 1rem 5rem }
 body, input, button { font: 1rem/1.6 system-ui, sans-serif }
-h3 { display: inline; margin: 0 .3rem }
-h3, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
+code, pre, textarea { font: .9rem/1.55 ui-monospace, Menlo, Consolas, monospace }
 small { opacity: .75; font-weight: 400 }
 details { margin: .6rem 0; border: 1px solid #8886; border-radius: .5rem }
 summary { padding: .8rem 1rem }
@@ -1518,7 +1514,7 @@ p:empty, pre:empty { display: none }
 % fields, body = show_body(operation.get("requestBody", {}))
 % token = ' -H "Authorization: Bearer $TOKEN"' if operation["security"] else ""
 <details id="{{operation["operationId"]}}"><summary><b class="{{verb}}">{{verb}}</b>
-<h3>{{path}}</h3> {{operation["summary"]}} <small>{{"(token)" * bool(token)}}</small></summary>
+<code>{{path}}</code> {{operation["summary"]}} <small>{{"(token)" * bool(token)}}</small></summary>
 <article><form data-method="{{verb}}" data-path="{{base + path}}" autocomplete="off">
 <p>{{operation["description"].removeprefix(operation["summary"])}}</p><h4>Request</h4><table>
 % for field in operation["parameters"] + fields:
