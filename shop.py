@@ -136,7 +136,7 @@ EDGE = rf"[^\u0000-\u001f\u007f-\u009f{WHITE_SPACE}]"  # what a sku begins and e
 SKU = {
     "type": "string",
     "maxLength": 64,
-    "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?$",
+    "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?(?!\n)$",  # Python's $ allows a line feed behind
     "message": "must have no NUL, and no white space or control characters at its ends",
     "description": "The shop's own article number, unique where it is not empty.",
 }
@@ -144,7 +144,7 @@ METADATA: dict = {
     "type": "object",
     "additionalProperties": TEXT | {"maxLength": 500},
     "propertyNames": {
-        "pattern": "^[A-Za-z0-9_-]{1,40}$",
+        "pattern": r"^[A-Za-z0-9_-]{1,40}(?!\n)$",
         "message": "must be a name of 1 to 40 letters, digits, _ or -",
     },
     "maxProperties": db.MAX_METADATA,
@@ -716,13 +716,13 @@ class Plugin:
             if spec.query is not ANY_QUERY:
                 arguments["query"] = read_query(environ, spec.query, query_validator)
             arguments["if_match"] = read_if_match(environ)
-            body = None
+            raw, body = b"", None
             if body_validator:
                 raw = read_body(environ, spec.media_types)
                 body = arguments["body"] = parse_body(raw, body_validator)
             action = functools.partial(callback, **{name: arguments[name] for name in names})
             if environ["REQUEST_METHOD"] == "POST" and "HTTP_IDEMPOTENCY_KEY" in environ:
-                return self.respond_once(environ, body, action)
+                return self.respond_once(environ, raw, body, action)
             response = action()
             if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
                 bottle.response.headers.setdefault("Cache-Control", "no-cache")
@@ -742,13 +742,16 @@ class Plugin:
 
         return call
 
-    def respond_once(self, environ: dict, body: Any, action: Callable) -> bytes:
+    def respond_once(self, environ: dict, raw: bytes, body: Any, action: Callable) -> bytes:
         """Run a route and store its response with its work; a repeat gets that response again."""
         key = read_key(environ["HTTP_IDEMPOTENCY_KEY"])
-        digest = fingerprint(environ, body)
+        digest = fingerprint(environ, canonical_json(body))  # however its JSON was written
         response = bottle.response
         with self.store.transaction():
-            stored = self.store.get_idempotent(key, digest)
+            try:
+                stored = self.store.get_idempotent(key, digest)
+            except db.IdempotencyKeyReused:  # or of its bytes, from before schema 7
+                stored = self.store.get_idempotent(key, fingerprint(environ, raw))
             if stored is None:
                 content = action()
                 location, etag = response.get_header("Location"), response.get_header("ETag")
@@ -817,12 +820,19 @@ def is_known(environ: dict) -> bool:
     return bool(etag) and if_none_match is not None and matches(if_none_match, etag, weak=True)
 
 
+ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'
+ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")
+
+
 def matches(header: str, etag: str, *, weak: bool = False) -> bool:
     """Whether a list of entity tags names this one. Weak tags count only where asked for."""
     if header.strip() == "*":
         return True
-    tags = re.findall(r'(W/)?"([^"]*)"', header)
-    return any(tag == etag and (weak or not prefix) for prefix, tag in tags)
+    if not ENTITY_TAGS.fullmatch(header):
+        return False
+    return f'"{etag}"' in [
+        tag.removeprefix("W/" if weak else "") for tag in re.findall(ENTITY_TAG, header)
+    ]
 
 
 def read_key(header: str) -> str:
@@ -832,14 +842,14 @@ def read_key(header: str) -> str:
     return re.sub(r"\\(.)", r"\1", header[1:-1]) if header.startswith('"') else header
 
 
-canonical_json = json.JSONEncoder(sort_keys=True).encode
-
-
-def fingerprint(environ: dict, body: Any) -> str:
-    """What makes two requests with one Idempotency-Key the same: not how their JSON is written."""
+def fingerprint(environ: dict, content: str | bytes) -> str:
+    """What makes two requests with one Idempotency-Key the same request."""
     path = environ["PATH_INFO"].rstrip("/") + "/"
-    request = canonical_json([environ["REQUEST_METHOD"], path, body])
-    return hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
+    request = (environ["REQUEST_METHOD"], path, content)
+    return hashlib.blake2b(repr(request).encode(), digest_size=12).hexdigest()
+
+
+canonical_json = json.JSONEncoder(sort_keys=True).encode
 
 
 def read_body(environ: dict, media_types: tuple) -> bytes:
@@ -916,8 +926,9 @@ def parse_int(text: str) -> int | Decimal:
 def parse_decimal(text: str) -> Decimal:
     try:
         return Decimal(text)
-    except decimal.InvalidOperation:  # an exponent of twenty digits
-        return Decimal("Infinity")  # outside of every schema's range
+    except decimal.InvalidOperation:  # an exponent of twenty digits: too large, or of a zero
+        mantissa, _, _ = text.lower().partition("e")
+        return Decimal("Infinity") if mantissa.strip("-0.") else Decimal(0)
 
 
 json_decode = json.JSONDecoder(
@@ -1861,7 +1872,7 @@ class Request(waitress.parser.HTTPRequestParser):
 
     @property
     def is_write(self):
-        return not self.error and not self.raw.startswith((b"GET ", b"HEAD ", b"OPTIONS "))
+        return not self.error and self.raw.startswith((b"POST ", b"PATCH ", b"DELETE "))
 
     def received(self, data):
         if not self.headers_finished:
@@ -2182,8 +2193,9 @@ class Loop:
         client = channel.addr[0]
         if self.trusted_proxy in ("*", client):
             forwarded = ",".join(header_values(request.raw, b"X-Forwarded-For"))
-            with contextlib.suppress(ValueError):  # unless it is no address
-                client = str(ipaddress.ip_address(forwarded.rpartition(",")[2].strip(" \t")))
+            address = forwarded.rpartition(",")[2].strip(" \t").replace("%", " ")  # no zone
+            with contextlib.suppress(ValueError):  # if it is not an address
+                client = str(ipaddress.ip_address(address))
         method = path = "-"
         if not request.error:
             method, target, _ = request.raw.decode("latin-1").split(" ", 2)
@@ -2214,9 +2226,7 @@ class Loop:
                     self.next_expiry = 0.0
 
     def stop(self, number: int, frame) -> None:
-        if self.stopped_at:
-            os._exit(128 + number)
-        self.stopped_at = time.monotonic()
+        self.stopped_at = self.stopped_at or time.monotonic()
         self.servers[0].pull_trigger()
 
     def drain(self) -> bool:
