@@ -25,6 +25,7 @@ import collections
 import configparser
 import contextlib
 import csv
+import dataclasses
 import datetime
 import decimal
 import functools
@@ -1033,13 +1034,13 @@ def create_app(
 ) -> Application:
     """Make the WSGI application, for any WSGI server with threads, or to be mounted in a program.
 
-    database_url: as sqlite:///db.sqlite3; None takes what is not given from the environment.
-    admin_token: what Authorization: Bearer must carry; None leaves the shop open to everyone.
-    order_token: what placing an order must carry; None leaves that open to everyone.
-    debug: log every SQL statement. cors_origins: the origins of pages that may call the shop.
-    read_only: serve a copy that another process renews. litestream: leave checkpoints to
-    Litestream. lock_timeout: seconds that a write waits for another process. Raises ConfigError
-    for a setting, db.DatabaseError for a database that cannot be used.
+    database_url: such as sqlite:///db.sqlite3. If None, it and every other setting that is not
+    given come from the environment. admin_token: the token for changing products and for orders;
+    None leaves the shop open to everyone. order_token: the token for placing orders; None lets
+    everyone place them. debug: log every SQL statement. cors_origins: the origins of pages that may
+    call the shop. read_only: serve a copy that another process renews. litestream: leave
+    checkpoints to Litestream. lock_timeout: seconds that a write waits for another process.
+    Raises ConfigError for an unusable setting, db.DatabaseError for an unusable database.
     """
     given = {
         "database": database_url and read_database_url("DATABASE_URL", database_url),
@@ -1629,26 +1630,8 @@ def explain(field: dict) -> str:
 # ---------------------------------------------------------------------------------- configuration
 
 
-class Settings(NamedTuple):
-    """The settings of a shop, with their defaults."""
-
-    database: str = "db.sqlite3"  # a path
-    admin_token: str | None = None
-    order_token: str | None = None
-    cors_origins: frozenset[str] = frozenset()
-    order_timeout: float | None = None  # minutes
-    host: str = "127.0.0.1"
-    port: int = 8000
-    url_prefix: str = ""  # or /shop
-    trusted_proxy: str | None = None  # an IP address, or *
-    debug: bool = False
-    access_log: bool = True
-    read_only: bool = False
-    litestream: bool = False
-
-
 class ConfigError(Exception):
-    """A setting cannot be used."""
+    """A setting is unusable."""
 
 
 def shown(value: str) -> str:
@@ -1664,7 +1647,7 @@ def read_database_url(name: str, url: str) -> str:
         # Nothing else is shown: the URL of another database may hold a password.
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", url)
         raise ConfigError(f"{wanted}{f', not {shown(scheme[0])}' if scheme else ''}.")
-    if path in ("", "/", ":memory:") or re.search(r"[?#\0]", path):
+    if path in ("", ":memory:") or re.search(r"[?#\0]", path):
         raise ConfigError(f"{wanted}, without ? and #, not {shown(url)}.")
     if os.path.isdir(path):
         raise ConfigError(f"{name} names a directory, {shown(path)}: it must be a file.")
@@ -1672,8 +1655,9 @@ def read_database_url(name: str, url: str) -> str:
     if not os.path.isdir(folder):
         raise ConfigError(f"{name} names a folder that does not exist: {shown(folder)}.")
     try:
-        with contextlib.suppress(FileNotFoundError):  # db.py creates it
-            os.lstat(path)
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # db.py creates it
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}: {shown(path)}.") from error
     return path
@@ -1717,27 +1701,25 @@ def read_origins(name: str, text: str) -> frozenset[str]:
 
 
 def normalize_origin(text: str) -> str:
-    """An origin as browsers send it. Raises ValueError if they never do, or Python may differ.
+    """An origin as browsers send it. Raises ValueError if no browser sends it.
 
-    Python's codec follows IDNA 2003, browsers follow UTS 46: a host in which either would change
-    more than capitals and the composition of letters is rejected.
+    Python's codec follows IDNA 2003, browsers follow UTS 46. So that both make the same host of it,
+    a host must not need more than lower case, composed letters and Punycode.
     """
     parts = urlsplit(text)
     origin = f"{parts.scheme}://{parts.netloc}"
     # Browsers drop variation selectors, the last ones here; the codec only those of Unicode 3.2.
     never = "^(file|wss?):|@|:$|[\u180f\U000e0100-\U000e01ef]"
-    if text.lower() != origin.lower() or re.search(never, origin):
-        raise ValueError
     host = unicodedata.normalize("NFC", parts.hostname or "")
-    if host != unicodedata.normalize("NFKC", host.casefold()) or not host.isprintable():
+    folded = unicodedata.normalize("NFKC", host.casefold())
+    if text.lower() != origin.lower() or re.search(never, origin) or host != folded:
         raise ValueError
     encoded = f"[{ipaddress.IPv6Address(host)}]" if "[" in text else host.encode("idna").decode()
-    if not host.isascii() and encoded.encode().decode("idna") != host:
-        raise ValueError
-    if not re.fullmatch(r"\[[0-9a-f:]+\]|[a-z0-9_.-]*[a-z0-9_-]\.?", encoded):
+    is_same = host.isascii() or (host.isprintable() and encoded.encode().decode("idna") == host)
+    if not is_same or not re.fullmatch(r"\[[0-9a-f:]+\]|[a-z0-9_.-]*[a-z0-9_-]\.?", encoded):
         raise ValueError
     if re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", encoded):
-        ipaddress.IPv4Address(encoded)  # of any other number browsers make an address
+        ipaddress.IPv4Address(encoded)  # browsers turn any other number into an address
     default_port = {"http": 80, "https": 443}.get(parts.scheme)
     port = "" if parts.port in (None, default_port) else f":{parts.port}"
     return f"{parts.scheme}://{encoded}{port}"
@@ -1756,28 +1738,35 @@ def read_flag(name: str, text: str) -> bool:
     return flags[text.lower()]
 
 
-READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-    "DATABASE_URL": ("database", read_database_url),
-    "ADMIN_TOKEN": ("admin_token", read_token),
-    "ORDER_TOKEN": ("order_token", read_token),
-    "CORS_ORIGINS": ("cors_origins", read_origins),
-    "ORDER_TIMEOUT": ("order_timeout", read_minutes),
-    "HOST": ("host", lambda name, text: text),
-    "PORT": ("port", read_port),
-    "URL_PREFIX": ("url_prefix", read_url_prefix),
-    "TRUSTED_PROXY": ("trusted_proxy", read_proxy),
-    "DEBUG": ("debug", read_flag),
-    "ACCESS_LOG": ("access_log", read_flag),
-    "READ_ONLY": ("read_only", read_flag),
-    "LITESTREAM": ("litestream", read_flag),
-}
+def setting(read: Callable[[str, str], Any], default: Any = None) -> Any:
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a shop: how each is read, and its default."""
+
+    database: str = setting(read_database_url, "db.sqlite3")  # a path
+    admin_token: str | None = setting(read_token)
+    order_token: str | None = setting(read_token)
+    cors_origins: frozenset[str] = setting(read_origins, frozenset())
+    order_timeout: float | None = setting(read_minutes)  # minutes
+    host: str = setting(lambda name, text: text, "127.0.0.1")
+    port: int = setting(read_port, 8000)
+    url_prefix: str = setting(read_url_prefix, "")  # or /shop
+    trusted_proxy: str | None = setting(read_proxy)  # an IP address, or *
+    debug: bool = setting(read_flag, False)
+    access_log: bool = setting(read_flag, True)
+    read_only: bool = setting(read_flag, False)
+    litestream: bool = setting(read_flag, False)
 
 
 def read_settings(environ: dict[str, str], **given: Any) -> Settings:
-    """Read the settings that are not given from an environment, where empty means not set."""
-    for name, (field, read) in READERS.items():
-        if environ.get(name) and field not in given:
-            given[field] = read(name, environ[name])
+    """The settings: those given, and the others from an environment, where empty means not set."""
+    for field in dataclasses.fields(Settings):
+        name = "DATABASE_URL" if field.name == "database" else field.name.upper()
+        if environ.get(name) and field.name not in given:
+            given[field.name] = field.metadata["read"](name, environ[name])
     settings = Settings(**given)
     if settings.order_token and not settings.admin_token:
         raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without it everything is open anyway.")
@@ -1785,15 +1774,15 @@ def read_settings(environ: dict[str, str], **given: Any) -> Settings:
 
 
 # A line that docker compose, systemd and a shell read alike: hence no ~ or { where a shell expands
-# it, and no backslash before a closing quote or at the end of a comment.
+# it, and no backslash before a closing quote or at the end of the line.
 ENV_LINE = re.compile(
     r"""
-    [ \t]* (?: \# (?: [^\r\0]* [^\r\0\\] )?
+    (?! .* (?: [\r\0] | \\ \Z ) )
+    [ \t]* (?: \# .*
     | (?: export [ \t]+ (?! [^\s'"]* \{ ) )? (?P<name> [A-Za-z_][A-Za-z0-9_]* ) =
-      (?: ' (?P<single> [^'\r\0]* ) (?<! \\ ) '
-      | " (?P<double> [^"$`\\\r\0]* ) "
-      | (?P<bare> (?: [^\s\0'"$`\\;&|<>()~] | (?<! [=:] ) ~ )+ )
-        (?: [ \t]* [ ] \# (?: [^\r\0]* [^\r\0\\] )? )?
+      (?: ' (?P<single> [^']* ) (?<! \\ ) '
+      | " (?P<double> [^"$`\\]* ) "
+      | (?P<bare> (?: [^\s'"$`\\;&|<>()~] | (?<! [=:] ) ~ )+ ) (?: [ \t]* [ ] \# .* )?
       )? [ \t]*
     )?
     """,
@@ -2607,7 +2596,7 @@ def read_number(text: str) -> Any:
 
 
 def run_export(settings: Settings, options: argparse.Namespace) -> int:
-    store = open_store(settings._replace(read_only=True), COMMAND_LOCK_TIMEOUT)
+    store = open_store(dataclasses.replace(settings, read_only=True), COMMAND_LOCK_TIMEOUT)
     columns = ORDER_COLUMNS
     rows: Iterable[dict] = store.export_order_lines(options.first_day, options.last_day)
     if not options.orders:

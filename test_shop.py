@@ -11,6 +11,7 @@ import calendar
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -3492,7 +3493,7 @@ def test_of_another_databases_url_only_the_scheme_is_shown(tmp_path, url, scheme
 )
 def test_prefix_and_proxy_are_normalized(name, text, value):
     settings = shop_module.read_settings({name: text})
-    assert settings._asdict()[name.lower()] == value
+    assert getattr(settings, name.lower()) == value
 
 
 @pytest.mark.parametrize(
@@ -3940,8 +3941,8 @@ def test_check_finds_a_damaged_page(shop, tmp_path, database):
 
 def setting_names():
     """The environment variables that the shop reads."""
-    names = [name.upper() for name in shop_module.Settings._fields if name != "database"]
-    return ["DATABASE_URL", *names]
+    fields = dataclasses.fields(shop_module.Settings)
+    return ["DATABASE_URL", *(field.name.upper() for field in fields if field.name != "database")]
 
 
 def test_help_lists_every_command_and_every_setting(tmp_path):
