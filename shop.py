@@ -47,7 +47,6 @@ import signal
 import socket
 import string
 import sys
-import textwrap
 import time
 import traceback
 import types
@@ -2276,24 +2275,23 @@ COMMAND_LOCK_TIMEOUT = 4.5  # seconds that a command waits, for the file and aga
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, and does not complete options."""
-
-    def __init__(self, **keywords: Any):
-        keywords["formatter_class"] = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, **keywords)
+    """Reports a wrong command line in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"shop: {textwrap.shorten(message, 150)}; see {self.prog} --help\n")
+        self.exit(2, f"shop: {' '.join(message.split())[:150]}; see {self.prog} --help\n")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python shop.py", epilog=SETTINGS_HELP)
+    parser = Parser(prog="python shop.py", epilog=SETTINGS_HELP, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     version = f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    parser.set_defaults(command="serve", run=run_serve)
 
     def add_command(name: str, run: Callable, text: str, usage: str = "") -> Parser:
         command = commands.add_parser(name, usage=f"%(prog)s {usage}", help=text, description=text)
+        command.allow_abbrev = False
         command.set_defaults(run=run)
         if usage:
             command.add_argument("file", nargs="?", help=argparse.SUPPRESS)
@@ -2306,8 +2304,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add_command("check", run_check, "check FILE, or else the shop's own database", "[FILE]")
     text = "add and change products from a spreadsheet, or from standard input (-)"
     command = add_command("import", run_import, text, "FILE.csv [--stock]")
-    text = "also set the stock of existing products"
-    command.add_argument("--stock", action="store_true", help=text)
+    command.add_argument("--stock", action="store_true", help="set the stock of products as well")
     text = "write all products as import reads them, or a row for each line of the orders"
     usage = "[--orders] [FILE.csv] [--from DAY] [--to DAY]"
     command = add_command("export", run_export, text, usage)
@@ -2316,18 +2313,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         command.add_argument(option, dest=name, type=day, metavar="DAY", help="YYYY-MM-DD, in UTC")
     add_command("expire", run_expire, "cancel pending orders older than ORDER_TIMEOUT")
 
-    words = arguments or ["serve"]
-    if words[0] not in {*commands.choices, "-h", "--help", "--version"}:
-        kind = "option" if words[0].startswith("-") else "command"
-        parser.error(f"unknown {kind} {shown(words[0])}")
-    options, rest = parser.parse_known_args(words)
+    options = parser.parse_args(arguments)
     command = commands.choices[options.command]
     file = getattr(options, "file", None)
     if file and re.match("-.", file):  # argparse takes -1 and "-x y" for files
-        rest.insert(0, file)
-    if rest:
-        kind = "unknown option" if re.match("-.", rest[0]) else "unexpected argument"
-        command.error(f"{kind} {shown(rest[0])}")
+        command.error(f"unrecognized arguments: {file}")
     # Not left to argparse, which would report a missing file before an unknown option.
     if options.command in ("backup", "import") and file is None:
         command.error(f"{options.command} needs a file")
@@ -2399,12 +2389,9 @@ def describe_access(settings: Settings) -> str:
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> int:
-    started_at = time.monotonic()
-
     def show_progress(remaining: int, total: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() - started_at > 1:
-            percent = 100 - 100 * remaining // max(total, 1)
-            print(f"\r{percent} %", end="\r" if remaining else "\n", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\r{remaining} of {total} pages left", end="\r", file=sys.stderr)
 
     copy = db.backup(
         settings.database, options.file, overwrite=options.overwrite, progress=show_progress
