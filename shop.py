@@ -51,7 +51,7 @@ import time
 import traceback
 import types
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn, TextIO
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -2345,12 +2345,10 @@ def main(arguments: list[str]) -> int:
         if "file" not in options:
             raise
         lines = [f"{options.file or 'standard output'}: {error.strerror}."]
-    except SpreadsheetError as error:
+    except (SpreadsheetError, db.NotFound, db.DuplicateSku, db.ExcessiveMetadata) as error:
+        # One of db.py: somebody has changed a product since the rows were checked.
         lines = [f"{options.file}: {fault}" for fault in error.args]
         lines[-1] += " Nothing has been imported."
-    except (db.NotFound, db.DuplicateSku, db.ExcessiveMetadata) as error:
-        # Somebody has changed a product since the rows were checked.
-        lines = [f"{options.file}: {error} Nothing has been imported."]
     except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
         lines = [str(error)]
     for line in lines:
@@ -2412,37 +2410,34 @@ def run_check(settings: Settings, options: argparse.Namespace) -> int:
 def run_expire(settings: Settings, options: argparse.Namespace) -> int:
     if settings.order_timeout is None:
         raise ConfigError("ORDER_TIMEOUT is not set: no order expires.")
-    store = open_store(settings, COMMAND_LOCK_TIMEOUT)
     cancelled = 0
     before = db.timestamp(settings.order_timeout * 60)
-    while store.has_expired_orders(before):
-        cancelled += store.expire_orders(before)
-    store.close()
+    with contextlib.closing(open_store(settings, COMMAND_LOCK_TIMEOUT)) as store:
+        while store.has_expired_orders(before):
+            cancelled += store.expire_orders(before)
     print(f"{cancelled} orders cancelled")
     return 0
 
 
-# Spreadsheets: CSV with a header line, as spreadsheet programs of any country save it.
+# Spreadsheets: tables with a header line, as spreadsheet programs of any country save them.
 
 COLUMNS = ["id", "sku", *(name for name in PRODUCT_FIELDS if name not in ("sku", "metadata"))]
 COLUMN = re.compile(rf"{'|'.join(COLUMNS)}|metadata\.[A-Za-z0-9_-]{{1,40}}")
 ORDER_COLUMNS = ["order_id", "created_at", "status", "reference"]
 ORDER_COLUMNS += ["product_id", "sku", "name", "price", "quantity", "amount"]
-NO_TEXT = "this is a workbook, a web page, or text whose encoding is not UTF-8"
 
 
 class SpreadsheetError(Exception):
-    """A spreadsheet cannot be imported; each argument says what is wrong with it, or a line."""
+    """A spreadsheet cannot be imported; each argument is one reason."""
 
 
 def run_import(settings: Settings, options: argparse.Namespace) -> int:
     with open(0 if options.file == "-" else options.file, "rb") as file:
         data = file.read()
-    store = open_store(settings, COMMAND_LOCK_TIMEOUT)
-    # Every row is checked first, so that the lock is held for no more than the writing.
-    rows, differing = read_rows(data, store, options.stock)
-    added, changed, unchanged = store.import_products(rows)
-    store.close()
+    with contextlib.closing(open_store(settings, COMMAND_LOCK_TIMEOUT)) as store:
+        # Every row is checked first, so that only the writing holds the lock.
+        rows, differing = read_rows(data, store, options.stock)
+        added, changed, unchanged = store.import_products(rows)
     if differing:
         stocks = f"the stock of {differing} product{'s' if differing > 1 else ''} differs"
         print(f"shop: {options.file}: {stocks}: --stock would change it.", file=sys.stderr)
@@ -2451,14 +2446,14 @@ def run_import(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row with a value: the line in which it begins, and its cells by their columns.
+    """Each row with a value: the number of its first line, and its cells by column.
 
-    Values in columns without a name are under "". Raises SpreadsheetError.
+    The value of a column without a name is under "". Raises SpreadsheetError.
     """
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     source = io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
     columns: list[str] = []
-    line = 1  # in which a row begins: cells may hold line breaks
+    line = 1
     try:
         data.decode(encoding)  # all of it now, before any row is reported
         first = next((text for text in source if re.search(r'[^\s,;"]', text)), "")
@@ -2474,66 +2469,71 @@ def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
             pairs = itertools.zip_longest(columns, cells, fillvalue="")
             if any(cells) and columns:
                 yield line, dict(pair for pair in pairs if any(pair))
-            elif any(cells) and not hint:
-                columns = read_header(cells, line)
+            elif any(cells) and hint:
+                hint = None  # this row was sep=
             elif any(cells):
-                hint = None
+                columns = read_header(cells, line)
             line = reader.line_num + 1
     except csv.Error as error:
         raise SpreadsheetError(f"line {line}: {error}; the rest has not been checked.") from error
     except UnicodeError as error:
-        raise SpreadsheetError(f"{NO_TEXT}: save the table as CSV UTF-8.") from error
+        kinds = "this is a workbook, a web page, or text whose encoding is not UTF-8"
+        raise SpreadsheetError(f"{kinds}: save the table as CSV UTF-8.") from error
     if not columns:
         raise SpreadsheetError("there is no header line.")
 
 
 def read_header(cells: list[str], line: int) -> list[str]:
-    columns = [re.sub("^[^.]+", lambda match: match[0].lower(), cell) for cell in cells]
-    for cell, column in zip(cells, columns, strict=True):
-        if column and (not COLUMN.fullmatch(column) or columns.count(column) > 1):
+    columns: list[str] = []
+    for cell in cells:
+        kind, dot, name = cell.partition(".")
+        column = kind.lower() + dot + name
+        if column and (not COLUMN.fullmatch(column) or column in columns):
             wanted = f"the header must name columns out of {','.join(COLUMNS)} and metadata.NAME"
             raise SpreadsheetError(f"line {line}: {wanted}, each once, not {shown(cell)}.")
+        columns.append(column)
     return columns
 
 
 def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict], int]:
-    """The rows as import_products() takes them, and how many differ in a stock that they must keep.
+    """The rows for import_products(), and how many have another stock but must not change it.
 
-    Raises SpreadsheetError with every faulty line.
+    Raises SpreadsheetError with the faults of all lines.
     """
-    products = {product["id"]: product for product in store.export_products()}
-    ids = {product["sku"]: product["id"] for product in products.values() if product["sku"]}
-    owners = dict(ids)  # of each sku after the rows so far; a new product has a negative id
+    by_id = {str(product["id"]): product for product in store.export_products()}
+    by_sku = {product["sku"]: product for product in by_id.values() if product["sku"]}
+    skus = set(by_sku)  # after the rows so far
+    lines: dict[int, int] = {}  # where each product is
     validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
-    lines: dict[int, int] = {}  # in which the products are
     rows = []
     errors: list[str] = []
     differing = 0
     try:
-        for number, (line, cells) in enumerate(read_table(data), 1):
+        for line, cells in read_table(data):
             id_text = cells.pop("id", "")
-            product_id = ids.get(cells.get("sku", ""), -line)
+            product = by_sku.get(cells.get("sku", ""))
             if id_text:
-                product_id = int(id_text) if re.fullmatch("[0-9]{1,18}", id_text) else 0
-            product = products.get(product_id)
-            row, faults = read_row(cells, product, validators[product_id >= 0])
-            sku = row.get("sku", product["sku"] if product else "")
-            if product and sku != product["sku"]:
-                owners.pop(product["sku"], None)
-            if sku and owners.setdefault(sku, product_id) != product_id:
-                faults.append(f"another product or row has the sku {shown(sku)}")
+                product = by_id.get(id_text.lstrip("0"))
+            row, faults = read_row(cells, product, validators[bool(id_text or product)])
             if id_text and not product:
                 faults.append(f"there is no product with the id {shown(id_text)}")
-            if product and lines.setdefault(product_id, line) != line:
-                faults.append(f"line {lines[product_id]} is for product {product_id} as well")
+            if product and "sku" in row:
+                skus.discard(product["sku"])
+            if row.get("sku"):
+                if row["sku"] in skus:
+                    faults.append(f"another product or row has the sku {shown(row['sku'])}")
+                skus.add(row["sku"])
             if product:
-                row["id"] = product_id
+                row["id"] = product["id"]
+                first = lines.setdefault(product["id"], line)
+                if first != line:
+                    faults.append(f"line {first} is for product {product['id']} as well")
                 if not with_stock:
                     differing += row.pop("stock", product["stock"]) != product["stock"]
             rows.append(row)
             errors += [f"line {line}: {fault}." for fault in faults]
-            if number % 10_000 == 0 and sys.stderr.isatty():
-                print(f"\r{number} rows checked", end="\r", file=sys.stderr)
+            if line % 10_000 == 0 and sys.stderr.isatty():
+                print(f"\r{line} lines checked", end="\r", file=sys.stderr)
     except SpreadsheetError as error:
         errors += error.args
     if errors:
@@ -2541,25 +2541,23 @@ def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict
     return rows, differing
 
 
-def read_row(
-    cells: dict[str, str], product: dict | None, validator: Validator
-) -> tuple[dict, list[str]]:
-    """A row as fields of a new product, or of this one, by the rules of the API; and its faults."""
+def read_row(cells: dict, product: dict | None, validator: Validator) -> tuple[dict, list[str]]:
+    """The fields that a row gives to a new product, or changes in this one; and its faults."""
+    exported = to_cells(product) if product else {}
     fields: dict[str, Any] = {}
     for column, cell in cells.items():
         kind, _, name = column.partition(".")
-        known = product and (product["metadata"].get(name) if name else product.get(kind))
-        if isinstance(known, str) and known.strip() == cell:
-            cell = known  # white space around a cell does not count
-        if name and (cell or known is not None):
-            fields.setdefault("metadata", {})[name] = cell if cell or cell == known else None
-        elif kind == "price" or (kind == "stock" and cell):
+        if cell == str(exported.get(column, "")).strip() or (kind == "stock" and not cell):
+            continue
+        if name:
+            fields.setdefault("metadata", {})[name] = cell or None
+        elif kind in ("price", "stock"):
             fields[kind] = read_number(cell)
-        elif kind not in ("stock", "metadata"):
+        else:
             fields[kind] = cell
     faults = []
-    if fields.pop("", ""):
-        faults.append(f"a column without a name has the value {shown(cells[''])}")
+    if "" in fields:
+        faults.append(f"a column without a name has the value {shown(fields.pop(''))}")
     row: dict[str, Any] = {}
     try:
         row = validate(fields, validator) if fields else {}
@@ -2574,52 +2572,49 @@ def read_row(
     return row, faults
 
 
-def read_number(text: str) -> Any:
-    """A number for the validator; or, since 1,299 is one thing or another, a text it rejects."""
-    if not re.fullmatch(r"-?[0-9]+([.,][0-9]{1,2})?", text):
-        return text
-    text = text.replace(",", ".")
-    return parse_decimal(text) if "." in text else parse_int(text)
+def read_number(text: str) -> Decimal | str:
+    """A number for the validator. It rejects a text: 1,299 would have to be guessed."""
+    if re.fullmatch(r"-?[0-9]+([.,][0-9]{1,2})?", text):
+        return Decimal(text.replace(",", "."))
+    return text
 
 
 def run_export(settings: Settings, options: argparse.Namespace) -> int:
     store = open_store(dataclasses.replace(settings, read_only=True), COMMAND_LOCK_TIMEOUT)
-    columns = ORDER_COLUMNS
-    rows: Iterable[dict] = store.export_order_lines(options.first_day, options.last_day)
-    if not options.orders:
-        rows = list(store.export_products())
-        names = {f"metadata.{name}" for product in rows for name in product["metadata"]}
-        columns = COLUMNS + sorted(names)
-    if options.file in (None, "-"):
-        with open(1, "w", encoding="utf-8", newline="", closefd=False) as target:
-            write_csv(target, columns, rows)
+    if options.orders:
+        columns = ORDER_COLUMNS
+        rows = store.export_order_lines(options.first_day, options.last_day)
     else:
-        export_file(options.file, columns, rows)
+        products = list(store.export_products())
+        names = {f"metadata.{name}" for product in products for name in product["metadata"]}
+        columns = COLUMNS + sorted(names)
+        rows = iter(products)
+    is_file = options.file not in (None, "-")
+    partial = f"{options.file}.partial-{os.getpid()}"
+    target = partial if is_file else 1
+    try:
+        with open(target, "w", encoding="utf-8", newline="", closefd=is_file) as file:
+            # Lines end as in RFC 4180. With a bare LF, Python before 3.13 does not quote a CR.
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(map(to_cells, rows))
+        if is_file:
+            os.replace(partial, options.file)
+    finally:
+        if is_file:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
     return 0
 
 
-def export_file(file: str, columns: list[str], rows: Iterable[dict]) -> None:
-    """Write a file as a whole, or leave what was there."""
-    partial = f"{file}.partial-{os.getpid()}"
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as target:
-            write_csv(target, columns, rows)
-        os.replace(partial, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-
-
-def write_csv(target: TextIO, columns: list[str], rows: Iterable[dict]) -> None:
-    # Lines end as in RFC 4180. With a bare LF, Python before 3.13 leaves a CR in a cell unquoted.
-    writer = csv.DictWriter(target, columns, extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        row |= {f"metadata.{name}": text for name, text in row.get("metadata", {}).items()}
-        row["amount"] = row["price"] * row.get("quantity", 0)
-        for name in "price", "amount":
-            row[name] = f"{row[name] // 100}.{row[name] % 100:02}"
-        writer.writerow(row)
+def to_cells(item: dict) -> dict[str, Any]:
+    """A product, or a line of an order, by the columns of a spreadsheet."""
+    cells = item | {f"metadata.{name}": text for name, text in item.get("metadata", {}).items()}
+    if "quantity" in item:
+        cells["amount"] = item["price"] * item["quantity"]
+    for name in cells.keys() & {"price", "amount"}:
+        cells[name] = f"{cells[name] // 100}.{cells[name] % 100:02}"
+    return cells
 
 
 if __name__ == "__main__":

@@ -7443,7 +7443,7 @@ def test_import_reads_columns_in_any_order_and_what_spreadsheets_write(
         ("Mug,9.99\n", "Mug"),
         ("id,name,colour\n1,x,red\n", "colour"),
         ("name,name,price\nx,y,1\n", "name"),
-        ("name, NAME ,price\nx,y,1\n", "name"),
+        ("name, NAME ,price\nx,y,1\n", "NAME"),
         ("name,price,metadata.a,metadata.a\nx,1,2,3\n", "metadata.a"),
         ("name,price,metadata.\nx,1,\n", "metadata."),
         ("name,price,metadata.two words\nx,1,\n", "metadata.two words"),
@@ -7506,7 +7506,7 @@ def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(shop, 
         "1,fine,,1,1\n"
         '7,"two\nlines",,1,1\n'  # lines 7 and 8
         "1,twice,,1,1\n"
-        "x,,,1,1\n"
+        "x,a,,-1,1\n"
         "1_0,a,,1,1\n"
         ",a,,-1,x\n"
         ",a,b\n"
@@ -7518,12 +7518,12 @@ def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(shop, 
     assert import_csv(text) == refused(
         f"line 7: {unknown} '7'.",
         "line 9: line 6 is for product 1 as well.",
-        "line 10: name must be 1 to 200 characters long, not 0: ''.",
+        f"line 10: price must be 0 to {shop_module.PRICE['maximum']}: '-1'.",
         f"line 10: {unknown} 'x'.",
         f"line 11: {unknown} '1_0'.",
         f"line 12: price must be 0 to {shop_module.PRICE['maximum']}: '-1'.",
         "line 12: stock must be an integer: 'x'.",
-        "line 13: price must be a number: ''.",
+        "line 13: price is required: ''.",
         f"line 14: {unknown} '00'.",
         "line 15: a column without a name has the value 'b'.",
     )
@@ -7531,12 +7531,16 @@ def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(shop, 
 
 
 def test_a_new_row_needs_a_name_and_a_price(shop, mug, import_csv):
-    price = "price must be a number: ''."
-    assert import_csv("name\nx\n") == refused("line 2: price is required.")
-    assert import_csv("price\n1\n") == refused("line 2: name is required.")
-    assert import_csv("name,price\nx,\n") == refused(f"line 2: {price}")
-    assert import_csv("id,name\n1,x\n,y\n") == refused("line 3: price is required.")
-    assert import_csv("stock,name,price\n,x\n") == refused(f"line 2: {price}")
+    for text, fault in [
+        ("name\nx\n", "line 2: price is required."),
+        ("price\n1\n", "line 2: name is required."),
+        ("name,price\nx,\n", "line 2: price is required: ''."),
+        ("id,name\n1,x\n,y\n", "line 3: price is required."),
+        ("stock,name,price\n,x\n", "line 2: price is required: ''."),
+        ("id,price\n1,\n", "line 2: price must be a number: ''."),
+        ("id,name\n1,\n", "line 2: name must be 1 to 200 characters long, not 0: ''."),
+    ]:
+        assert import_csv(text) == refused(fault)
     assert rows_of(shop) == [(1, "Mug", "", 9.99, 5)]
 
 
@@ -7557,7 +7561,9 @@ def test_the_rules_of_an_import_and_its_messages_are_those_of_the_api(shop, impo
             row = {"name": "x", "description": "", "price": "1", "stock": "1", "sku": ""}
             rows.append(list((row | {field: cell}).values()))
             body = {"name": "x", "price": 1, field: cell.strip()}
-            if re.fullmatch(r"-?[0-9.]{1,20}", cell):
+            if not cell.strip():
+                del body[field]
+            elif re.fullmatch(r"-?[0-9.]{1,20}", cell):
                 body[field] = json.loads(cell)
             elif re.fullmatch("[0-9]+", cell):
                 body[field] = 10**30
