@@ -7152,6 +7152,20 @@ def refused(*faults):
     return 1, "", f"{lines} Nothing has been imported.\n"
 
 
+def start_command(server, *arguments, **options):
+    """Start a command in the folder and with the settings of a server."""
+    command = [sys.executable, HERE / "shop.py", *arguments]
+    return subprocess.Popen(command, cwd=server.folder, env=server.environment(), **options)
+
+
+def run_with_input(server, data, *arguments):
+    """Run a command to its end on some input: status, output with bare LF, and errors."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start_command(server, *arguments, **pipes)
+    output, errors = process.communicate(data, 30)
+    return process.returncode, output.decode().replace("\r\n", "\n"), errors.decode()
+
+
 def products_of(shop):
     return shop("GET", "/products/").json["products"]
 
@@ -7162,18 +7176,8 @@ def rows_of(shop):
 
 
 ODD_TEXTS = [
-    'a "quote", and a comma',
-    "two\nlines",
-    "two\r\nlines, of Windows",
-    "of an\rold Mac",
-    " blanks around ",
-    "=1+1",
-    "'",
-    '"',
-    "é ☕ 😀 \u2028 \x85 \x0b \x1c",
-    "\ufeffx",
-    "null",
-    "0",
+    *('a "quote", and a comma', "two\nlines", "two\r\nlines, of Windows", "of an\rold Mac"),
+    *(" blanks around ", "=1+1", "'", '"', "é ☕ 😀 \u2028 \x85 \x0b \x1c", "\ufeffx", "null", "0"),
 ]
 
 
@@ -7187,18 +7191,16 @@ def test_what_was_exported_is_imported_without_a_change(
         shop.product(name=text, price=number / 100, **fields)
     shop.product(name="x" * 200, description="y" * 10_000, price=1_000_000, stock=10**9)
     shop("DELETE", "/products/3/")
-    before = [shop("GET", f"/products/{product['id']}/") for product in products_of(shop)]
-    steps = steps_of(shop, 5)
+
+    def everything():
+        items = [shop("GET", f"/products/{product['id']}/") for product in products_of(shop)]
+        return [(item.json, item.headers["ETag"]) for item in items], steps_of(shop, 5)
+
+    before = everything()
     assert command("export", "out.csv") == (0, "", "")
-    number = len(before)
-    assert command("import", "out.csv", "--stock") == (
-        (0, f"out.csv: 0 products added, 0 changed, {number} unchanged\n", "")
-    )
-    after = [shop("GET", f"/products/{product['id']}/") for product in products_of(shop)]
-    assert [(r.json, r.headers["ETag"]) for r in after] == [
-        (r.json, r.headers["ETag"]) for r in before
-    ]
-    assert steps_of(shop, 5) == steps
+    counts = f"0 products added, 0 changed, {len(before[0])} unchanged"
+    assert command("import", "out.csv", "--stock") == (0, f"out.csv: {counts}\n", "")
+    assert everything() == before
     assert command("export", "again.csv") == (0, "", "")
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "out.csv").read_bytes()
     # Without its ids, it fills a new shop.
@@ -7231,25 +7233,8 @@ def test_import_and_export_are_utf_8_whatever_the_terminal_is(shop, tmp_path):
     server = Server(tmp_path, **ascii_only)
     result = server.run("import", "in.csv")
     assert (result.returncode, result.stderr) == (0, "")
-    assert run_with_input(server, b"", "export") == (
-        0,
-        "id,sku,name,description,price,stock\n1,,Café ☕,,9.99,5\n2,,Tee 🍵,,1.00,0\n",
-        "",
-    )
-
-
-def run_with_input(server, data, *arguments):
-    """Run it to its end on some input: status, output with bare LF, and errors."""
-    result = subprocess.run(
-        [sys.executable, HERE / "shop.py", *arguments],
-        cwd=server.folder,
-        env=server.environment(),
-        input=data,
-        capture_output=True,
-        timeout=30,
-    )
-    output = result.stdout.decode().replace("\r\n", "\n")
-    return result.returncode, output, result.stderr.decode()
+    table = "id,sku,name,description,price,stock\n1,,Café ☕,,9.99,5\n2,,Tee 🍵,,1.00,0\n"
+    assert run_with_input(server, b"", "export") == (0, table, "")
 
 
 def test_import_reads_standard_input_and_export_writes_standard_output(tmp_path):
@@ -7264,13 +7249,8 @@ def test_import_reads_standard_input_and_export_writes_standard_output(tmp_path)
 def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, database):
     write_rows(tmp_path / "in.csv", 3000)
     assert Server(tmp_path).run("import", "in.csv").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, HERE / "shop.py", "export"],
-        cwd=tmp_path,
-        env=Server(tmp_path).environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start_command(Server(tmp_path), "export", **pipes)
     assert process.stdout.read(2) == b"id"
     process.stdout.close()
     assert process.stderr.read() == b""
@@ -7278,24 +7258,20 @@ def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, databa
     assert process.wait(10) == 1
 
 
-def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(shop, tmp_path, command):
-    shop.product()
-    for file in "none/out.csv", ".":
-        status, output, errors = command("export", file)
+def test_a_file_that_cannot_be_read_or_written_is_one_line_and_leaves_nothing(
+    shop, tmp_path, command
+):
+    for arguments in "import none.csv", "import .", "export none/out.csv", "export .":
+        name, file = arguments.split()
+        status, output, errors = command(name, file)
         assert (status, output) == (1, "")
         assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
-    assert not [path for path in tmp_path.rglob("*") if ".partial-" in path.name]
+    assert not list(tmp_path.rglob("*.partial-*"))
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, HERE / "shop.py", "export"],
-            cwd=tmp_path,
-            env=Server(tmp_path).environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert result.returncode == 1
-    assert result.stderr == "shop: standard output: No space left on device.\n"
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        process = start_command(Server(tmp_path), "export", **pipes)
+    assert process.communicate()[1] == "shop: standard output: No space left on device.\n"
+    assert process.returncode == 1
 
 
 def test_import_adds_rows_without_an_id_and_changes_those_with_one(shop, mug, import_csv):
@@ -7325,26 +7301,24 @@ def test_import_sets_the_stock_of_products_that_there_are_only_with_stock(shop, 
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, changes",
     [
-        ("price,id\n2.50,1\n", (1, "Mug", "Blue", 2.5, 5)),
-        ("description,id\n,1\n", (1, "Mug", "", 9.99, 5)),
-        ("id,name\n1,Cup\n", (1, "Cup", "Blue", 9.99, 5)),
-        ("\ufeffid,name\n1,Cup\n", (1, "Cup", "Blue", 9.99, 5)),
-        ("id,name\r\n1,Cup\r\n", (1, "Cup", "Blue", 9.99, 5)),
-        ("id,name\n\n1,Cup\n\n", (1, "Cup", "Blue", 9.99, 5)),
-        ("id,name\n1,Cup", (1, "Cup", "Blue", 9.99, 5)),
-        ('"id","name"\n"1","a ""b"", c"\n', (1, 'a "b", c', "Blue", 9.99, 5)),
-        ('name,id\n"two\nlines",1\n', (1, "two\nlines", "Blue", 9.99, 5)),
-        ('name,id\n"two\r\nlines",1\r\n', (1, "two\r\nlines", "Blue", 9.99, 5)),
+        ("price,id\n2.50,1\n", {"price": 2.5}),
+        ("description,id\n,1\n", {"description": ""}),
+        *((text, {"name": "Cup"}) for text in ("id,name\n1,Cup\n", "\ufeffid,name\n1,Cup\n")),
+        *((text, {"name": "Cup"}) for text in ("id,name\r\n1,Cup\r\n", "id,name\n\n1,Cup\n\n")),
+        ("id,name\n1,Cup", {"name": "Cup"}),
+        ('"id","name"\n"1","a ""b"", c"\n', {"name": 'a "b", c'}),
+        ('name,id\n"two\nlines",1\n', {"name": "two\nlines"}),
+        ('name,id\n"two\r\nlines",1\r\n', {"name": "two\r\nlines"}),
     ],
 )
 def test_import_reads_columns_in_any_order_and_what_spreadsheets_write(
-    shop, import_csv, text, expected
+    shop, import_csv, text, changes
 ):
-    shop.product(description="Blue")
+    product = shop.product(description="Blue")
     assert import_csv(text) == imported(0, 1)
-    assert rows_of(shop) == [expected]
+    assert products_of(shop) == [product | changes]
 
 
 @pytest.mark.parametrize(
@@ -7495,12 +7469,9 @@ def test_the_rules_of_an_import_and_its_messages_are_those_of_the_api(shop, impo
 )
 def test_a_number_that_would_have_to_be_guessed_is_refused(shop, mug, import_csv, cell):
     value = shop_module.shown(cell)
-    for column, message in [
-        ("price", "price must be a number"),
-        ("stock", "stock must be an integer"),
-    ]:
+    for column, message in ("price", "must be a number"), ("stock", "must be an integer"):
         text = f'id;{column}\n1;"{cell}"\n'
-        assert import_csv(text, "--stock") == refused(f"line 2: {message}: {value}.")
+        assert import_csv(text, "--stock") == refused(f"line 2: {column} {message}: {value}.")
     assert rows_of(shop) == [(1, "Mug", "", 9.99, 5)]
 
 
@@ -7539,78 +7510,67 @@ def test_a_stocktake_without_its_option_is_told_what_is_missing(shop, mug, impor
     assert [row[4] for row in rows_of(shop)] == [5, 9, 3]
 
 
-# The inputs of real spreadsheet programs, and what is right: the products, or the faulty lines.
+def item(name, price, stock=0, description="", sku="", **entries):
+    return name, description, price, stock, sku, entries
+
+
+# The bytes that real spreadsheet programs save, and the products in them.
 SPREADSHEETS = {
     "german": (
-        b"\xef\xbb\xbfsku;name;description;price;stock\r\nKAF-01;Kaffeem\xc3\xbchle;"
-        b'"Buche; Handkurbel\nwiegt 1,2 kg";48,90;6\r\n'
-        b'KAF-02;L\xc3\xb6ffel;"7 ""cc""";3,5;140\r\n',
+        "\ufeffsku;name;description;price;stock\r\n"
+        'KAF-01;Kaffeemühle;"Buche; Handkurbel\nwiegt 1,2 kg";48,90;6\r\n'
+        'KAF-02;Löffel;"7 ""cc""";3,5;140\r\n'.encode(),
         [
-            ("Kaffeemühle", "Buche; Handkurbel\nwiegt 1,2 kg", 48.9, 6, "KAF-01", {}),
-            ("Löffel", '7 "cc"', 3.5, 140, "KAF-02", {}),
+            item("Kaffeemühle", 48.9, 6, "Buche; Handkurbel\nwiegt 1,2 kg", "KAF-01"),
+            item("Löffel", 3.5, 140, '7 "cc"', "KAF-02"),
         ],
     ),
     "Unicode text": (
-        b"\xff\xfe"
-        + (
-            'name\tprice\tstock\tdescription\r\nMoka pot\t27,80\t9\t"Aluminium, 3 cups"\r\n'
-            "Żółty kubek\t6\t31\t\r\n"
-        ).encode("utf-16-le"),
-        [
-            ("Moka pot", "Aluminium, 3 cups", 27.8, 9, "", {}),
-            ("Żółty kubek", "", 6, 31, "", {}),
-        ],
+        "\ufeffname\tprice\tstock\tdescription\r\n"
+        'Moka pot\t27,80\t9\t"Aluminium, 3 cups"\r\nŻółty kubek\t6\t31\t\r\n'.encode("utf-16-le"),
+        [item("Moka pot", 27.8, 9, "Aluminium, 3 cups"), item("Żółty kubek", 6, 31)],
     ),
-    "UTF-16, big end first": (
-        b"\xfe\xff" + "name\tprice\r\nŻ\t6\r\n".encode("utf-16-be"),
-        [("Ż", "", 6, 0, "", {})],
-    ),
+    "UTF-16, big end first": ("\ufeffname\tprice\r\nŻ\t6\r\n".encode("utf-16-be"), [item("Ż", 6)]),
     "tabs": (
         b'name\tprice\tstock\nGrinder 3" burr\t64.99\t2\nBrush\t4.1\t55\n',
-        [('Grinder 3" burr', "", 64.99, 2, "", {}), ("Brush", "", 4.1, 55, "", {})],
+        [item('Grinder 3" burr', 64.99, 2), item("Brush", 4.1, 55)],
     ),
     "blank rows": (
         b"name,description,price,stock\r\n,,,\r\nFilter,100 pieces,3.49,80\r\n,,,\r\n   ,,,\r\n"
         b"Scale,,29,4\r\n,,,\r\n",
-        [("Filter", "100 pieces", 3.49, 80, "", {}), ("Scale", "", 29, 4, "", {})],
+        [item("Filter", 3.49, 80, "100 pieces"), item("Scale", 29, 4)],
     ),
     "blank rows in front": (
         b'\r\n,,\r\n"","",""\r\nname,price,sku\r\n\r\nScale,29,\r\n',
-        [("Scale", "", 29, 0, "", {})],
+        [item("Scale", 29)],
     ),
     "decimal comma": (
         b'name,price,stock\nKettle,"39,95",3\nLid,"0,7",12\n',
-        [("Kettle", "", 39.95, 3, "", {}), ("Lid", "", 0.7, 12, "", {})],
+        [item("Kettle", 39.95, 3), item("Lid", 0.7, 12)],
     ),
     "nameless columns": (
         b"name;price;;stock;;\r\nPress;24,00;;8;;\r\nTamper;11,2;;15;;\r\n",
-        [("Press", "", 24, 8, "", {}), ("Tamper", "", 11.2, 15, "", {})],
+        [item("Press", 24, 8), item("Tamper", 11.2, 15)],
     ),
     "sep= and header": (
-        b"sep=;\r\n SKU ; Name ;PRICE;Metadata.colour\r\n"
-        b" ES-9 ; Espresso cup ; 8,40 ;wei\xc3\x9f\r\n",
-        [("Espresso cup", "", 8.4, 0, "ES-9", {"colour": "weiß"})],
+        "sep=;\r\n SKU ; Name ;PRICE;Metadata.colour\r\n"
+        " ES-9 ; Espresso cup ; 8,40 ;weiß\r\n".encode(),
+        [item("Espresso cup", 8.4, sku="ES-9", colour="weiß")],
     ),
     "sep= in quotes": (
         b'"sep=\t"\r\nname\tprice\tmetadata.a-B_1\r\nx;y,z\t1\tv\r\n',
-        [("x;y,z", "", 1, 0, "", {"a-B_1": "v"})],
+        [item("x;y,z", 1, **{"a-B_1": "v"})],
     ),
     "sep= in capitals, with separators behind it": (
         b"SEP=,,,\nname,price\na;b;c,2\n",
-        [("a;b;c", "", 2, 0, "", {})],
+        [item("a;b;c", 2)],
     ),
     "short rows, and blanks before quotes": (
         b'name, price, description, stock\nCup,1\nMug, 2, "a, b"\n',
-        [("Cup", "", 1, 0, "", {}), ("Mug", "a, b", 2, 0, "", {})],
+        [item("Cup", 1), item("Mug", 2, 0, "a, b")],
     ),
-    "CR alone": (
-        b"name;price\rCup;1\rMug;2,5\r",
-        [("Cup", "", 1, 0, "", {}), ("Mug", "", 2.5, 0, "", {})],
-    ),
-    "one column without a separator": (
-        b'\xef\xbb\xbf"name"\tprice\nCup\t1',
-        [("Cup", "", 1, 0, "", {})],
-    ),
+    "CR alone": (b"name;price\rCup;1\rMug;2,5\r", [item("Cup", 1), item("Mug", 2.5)]),
+    "a header in quotes": (b'\xef\xbb\xbf"name"\tprice\nCup\t1', [item("Cup", 1)]),
 }
 
 
@@ -7718,17 +7678,15 @@ def test_an_import_into_a_new_file_that_is_locked_is_one_line(database, import_c
     assert import_csv("name,price\nTea,1\n") == imported(1, 0)
 
 
+FULL = {"metadata": {f"n{n}": "x" for n in range(50)}}
+
+
 @pytest.mark.parametrize(
     "method, path, body, message",
     [
         ("DELETE", "/products/1/", None, "There is no product 1."),
         ("POST", "/products/", {"name": "x", "price": 1, "sku": "N"}, "Product 2 already has "),
-        (
-            "PATCH",
-            "/products/1/",
-            {"metadata": {f"n{n}": "x" for n in range(50)}},
-            "must have at most 50 entries, not 51",
-        ),
+        ("PATCH", "/products/1/", FULL, "must have at most 50 entries, not 51"),
     ],
 )
 def test_what_changes_after_the_rows_were_checked_is_one_line(
@@ -7760,13 +7718,6 @@ def test_an_import_waits_for_the_lock_at_most_ten_seconds(shop, tmp_path, databa
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "shop: The database is busy.\n"
     assert products_of(shop) == []
-
-
-def test_a_file_that_cannot_be_read_is_one_line(command):
-    for file in "none.csv", ".":
-        status, output, errors = command("import", file)
-        assert (status, output) == (1, "")
-        assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
 
 
 def test_the_sample_catalogue_of_the_readme_can_be_pasted_and_sells(tmp_path):
@@ -7863,13 +7814,7 @@ def write_rows(path, number, size=100):
 
 def run_measured(folder, *arguments):
     """Run a command: its standard output, seconds, and the most memory that it took, in MiB."""
-    process = subprocess.Popen(
-        [sys.executable, HERE / "shop.py", *arguments],
-        cwd=folder,
-        env=Server(folder).environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_command(Server(folder), *arguments, stdout=subprocess.PIPE, text=True)
     started = time.monotonic()
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -7907,14 +7852,9 @@ def sold(shop, mug, database):
         shop("POST", "/orders/", referring(f"cart-{day}", (tea["id"], 100 + day)))
     shop("PATCH", "/orders/1/", {"status": "completed"})
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
-    days = [
-        "2026-10-31T23:59:59Z",
-        "2026-11-01T00:00:00Z",
-        "2026-11-30T23:59:59Z",
-        "2026-12-01T00:00:00Z",
-    ]
+    days = "2026-10-31T23:59:59Z 2026-11-01T00:00:00Z 2026-11-30T23:59:59Z 2026-12-01T00:00:00Z"
     with connect(database) as connection:
-        for number, created_at in enumerate(days, 1):
+        for number, created_at in enumerate(days.split(), 1):
             values = (created_at, number)
             connection.execute("UPDATE orders SET created_at = ? WHERE id = ?", values)
     return shop
@@ -7930,15 +7870,10 @@ def test_the_export_of_orders_has_a_row_for_each_line_and_exact_sums(sold, comma
     rows = exported_orders(command, tmp_path)
     header = "order_id created_at status reference product_id sku name price quantity amount"
     assert list(rows[0]) == header.split()
-    assert [list(row.values()) for row in rows[:3]] == [
-        ["1", "2026-10-31T23:59:59Z", "completed", "", "1", "", "Mug", "9.99", "2", "19.98"],
-        *(
-            [order, time_, status, reference, "2", "T-1", 'Tea; "green"', "0.10", quantity, amount]
-            for order, time_, status, reference, quantity, amount in [
-                ("1", "2026-10-31T23:59:59Z", "completed", "", "3", "0.30"),
-                ("2", "2026-11-01T00:00:00Z", "pending", "cart-0", "100", "10.00"),
-            ]
-        ),
+    assert [";".join(row.values()) for row in rows[:3]] == [
+        "1;2026-10-31T23:59:59Z;completed;;1;;Mug;9.99;2;19.98",
+        '1;2026-10-31T23:59:59Z;completed;;2;T-1;Tea; "green";0.10;3;0.30',
+        '2;2026-11-01T00:00:00Z;pending;cart-0;2;T-1;Tea; "green";0.10;100;10.00',
     ]
     for order in sold("GET", "/orders/").json["orders"]:
         amounts = [Decimal(row["amount"]) for row in rows if row["order_id"] == str(order["id"])]
@@ -7950,28 +7885,19 @@ def test_the_export_of_orders_has_a_row_for_each_line_and_exact_sums(sold, comma
 @pytest.mark.parametrize(
     "options, orders",
     [
-        ([], ["1", "1", "2", "3", "4"]),
-        (["--from", "2026-11-01"], ["2", "3", "4"]),
-        (["--to", "2026-11-30"], ["1", "1", "2", "3"]),
-        (["--from", "2026-11-01", "--to=2026-11-30"], ["2", "3"]),
-        (["--to", "2026-12-01", "--from", "2026-12-01"], ["4"]),
-        (["--from", "2026-12-02"], []),
+        ("", "11234"),
+        ("--from 2026-11-01", "234"),
+        ("--to 2026-11-30", "1123"),
+        ("--from 2026-11-01 --to=2026-11-30", "23"),
+        ("--to 2026-12-01 --from 2026-12-01", "4"),
+        ("--from 2026-12-02", ""),
     ],
 )
 def test_the_export_of_orders_is_from_the_first_to_the_last_day(
     sold, command, tmp_path, options, orders
 ):
-    rows = exported_orders(command, tmp_path, *options)
-    assert [row["order_id"] for row in rows] == orders
-
-
-def test_five_thousand_rows_are_imported_in_a_moment(tmp_path, database):
-    write_rows(tmp_path / "in.csv", 5000)
-    started = time.monotonic()
-    result = Server(tmp_path).run("import", "in.csv")
-    assert time.monotonic() - started < 5
-    assert result.stdout == "in.csv: 5000 products added, 0 changed, 0 unchanged\n"
-    assert db.check_integrity(database) == []
+    rows = exported_orders(command, tmp_path, *options.split())
+    assert [row["order_id"] for row in rows] == list(orders)
 
 
 def test_an_import_that_is_killed_leaves_all_or_nothing(tmp_path, database):
@@ -7979,12 +7905,7 @@ def test_an_import_that_is_killed_leaves_all_or_nothing(tmp_path, database):
     write_rows(tmp_path / "in.csv", 5000, 2000)
     server = Server(tmp_path)
     wal = database.with_name("db.sqlite3-wal")
-    process = subprocess.Popen(
-        [sys.executable, HERE / "shop.py", "import", "in.csv"],
-        cwd=tmp_path,
-        env=server.environment(),
-        stdout=subprocess.PIPE,
-    )
+    process = start_command(server, "import", "in.csv", stdout=subprocess.PIPE)
     # SQLite writes into the WAL before the end of a transaction that is larger than its cache.
     wait_for(lambda: (wal.exists() and wal.stat().st_size > 10**6) or process.poll() is not None)
     process.kill()
