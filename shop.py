@@ -43,6 +43,7 @@ import re
 import resource
 import select
 import shlex
+import shutil
 import signal
 import socket
 import string
@@ -1776,7 +1777,7 @@ def read_settings(environ: dict[str, str], **given: Any) -> Settings:
 # it, and no backslash before a closing quote or at the end of the line.
 ENV_LINE = re.compile(
     r"""
-    (?! .* (?: [\r\0] | \\ \Z ) )
+    (?! .* (?: [\r\0\ud800-\udfff] | \\ \Z ) )
     [ \t]* (?: \# .*
     | (?: export [ \t]+ (?! [^\s'"]* \{ ) )? (?P<name> [A-Za-z_][A-Za-z0-9_]* ) =
       (?: ' (?P<single> [^']* ) (?<! \\ ) '
@@ -1792,12 +1793,12 @@ ENV_LINE = re.compile(
 def read_environment() -> dict[str, str]:
     """The environment, completed from a file .env in the working directory."""
     try:
-        with open(".env", encoding="utf-8-sig", newline="") as file:
+        with open(".env", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = file.read().split("\n")
     except FileNotFoundError:
         lines = []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The file .env cannot be read: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"The file .env cannot be read: {error.strerror}.") from error
     values: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = ENV_LINE.fullmatch(line.removesuffix("\r"))
@@ -2336,9 +2337,13 @@ def day(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run a command; return the exit status."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who starts it
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     options = parse_arguments(arguments)
     try:
         return options.run(read_settings(read_environment()), options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         return 1  # nobody reads the rest of the output
     except OSError as error:
@@ -2451,17 +2456,18 @@ def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
     The value of a column without a name is under "". Raises SpreadsheetError.
     """
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    source = io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
     columns: list[str] = []
     line = 1
     try:
-        data.decode(encoding)  # all of it now, before any row is reported
-        first = next((text for text in source if re.search(r'[^\s,;"]', text)), "")
-        source.seek(0)
+        text = data.decode(encoding)
+        lines = io.StringIO(text, newline="")
+        first = next((line for line in lines if re.search(r'[^\s,;"]', line)), "")
         if first.lstrip().startswith(("PK\3\4", "<")) or "\0" in first:
             raise UnicodeError  # a ZIP file, HTML or XML, or UTF-16 without a byte order mark
         hint = re.fullmatch(r'[\s"]*sep=([,;\t])[\s,;"]*', first, re.IGNORECASE)
         separator = hint[1] if hint else max(",;\t", key=first.count)
+        text = re.sub(rf'(?<!")" +(?=[{separator}\r\n]|\Z)', '"', text)  # blanks behind a quote
+        source = io.StringIO(text, newline="")
         # Strict, because a quote without end would swallow the rest.
         reader = csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True)
         for cells in reader:
@@ -2589,19 +2595,23 @@ def run_export(settings: Settings, options: argparse.Namespace) -> int:
         names = {f"metadata.{name}" for product in products for name in product["metadata"]}
         columns = COLUMNS + sorted(names)
         rows = iter(products)
-    is_file = options.file not in (None, "-")
-    partial = f"{options.file}.partial-{os.getpid()}"
-    target = partial if is_file else 1
+    target: Any = 1
+    if options.file not in (None, "-"):
+        target = os.path.realpath(options.file) if os.path.isfile(options.file) else options.file
+    is_replaced = target != 1 and (os.path.isfile(target) or not os.path.lexists(target))
+    partial = f"{target}.partial-{os.getpid()}" if is_replaced else target
     try:
-        with open(target, "w", encoding="utf-8", newline="", closefd=is_file) as file:
+        with open(partial, "w", encoding="utf-8", newline="", closefd=target != 1) as file:
+            if is_replaced and os.path.isfile(target):
+                shutil.copymode(target, partial)
             # Lines end as in RFC 4180. With a bare LF, Python before 3.13 does not quote a CR.
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(map(to_cells, rows))
-        if is_file:
-            os.replace(partial, options.file)
+        if is_replaced:
+            os.replace(partial, target)
     finally:
-        if is_file:
+        if is_replaced:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
     return 0

@@ -3624,7 +3624,7 @@ def test_an_export_in_env_closes_the_shop(tmp_path):
     [
         (b"\nexport ADMIN_TOKEN\n", r"Line 2 of \.env "),
         (b"ADMIN_TOKEN='a\nb'\n", r"Line 1 of \.env "),
-        (b"\xff", r"The file \.env "),
+        (b"A='\xff'", r"Line 1 of \.env "),
         (None, r"The file \.env "),  # a folder
     ],
 )
@@ -4097,7 +4097,8 @@ def test_other_servers_read_all_settings_but_those_that_the_readme_names():
     excepted = re.search("reads the settings above, except (.+?):", text)[1]
     functions = shop_module.open_application, shop_module.open_store
     read = re.findall(r"settings\.(\w+)", "".join(map(inspect.getsource, functions)))
-    ignored = {name for name, (field, _) in shop_module.READERS.items() if field not in read}
+    fields = {field.name for field in dataclasses.fields(shop_module.Settings)}
+    ignored = {name.upper() for name in fields - set(read)}
     assert set(re.findall("`(\\w+)`", excepted)) == ignored
 
 
@@ -7222,6 +7223,33 @@ def test_import_and_export_through_pipes_are_utf_8_whatever_the_terminal_is(tmp_
     assert run_with_input(server, b"", "export", "-") == (0, table, "")
 
 
+def test_an_export_goes_where_its_file_leads(tmp_path, shop):
+    shop.product()
+    server = Server(tmp_path)
+    real, link, pipe = (tmp_path / name for name in ("real.csv", "link.csv", "pipe"))
+    real.write_text("before")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    assert server.run("export", "link.csv").returncode == 0
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reading = pool.submit(pipe.read_text)
+        assert server.run("export", "pipe").returncode == 0
+        assert reading.result() == real.read_text().replace("\r\n", "\n")
+    assert pipe.is_fifo()
+    assert server.run("export", "/dev/full").stderr.startswith("shop: /dev/full: No space left")
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_traceback(tmp_path):
+    (tmp_path / "y\udcff.csv").write_text("name,price\nx,1\n")
+    result = Server(tmp_path, PYTHONIOENCODING="utf-8").run("import", "y\udcff.csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "y\\udcff.csv: 1 products added, 0 changed, 0 unchanged\n"
+
+
 def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, database):
     write_rows(tmp_path / "in.csv", 3000)
     assert Server(tmp_path).run("import", "in.csv").returncode == 0
@@ -7531,6 +7559,10 @@ SPREADSHEETS = {
     "short rows, and blanks before quotes": (
         b'name, price, description, stock\nCup,1\nMug, 2, "a, b"\n',
         [item("Cup", 1), item("Mug", 2, 0, "a, b")],
+    ),
+    "blanks behind quotes": (
+        b'"name" ;"price"  \r\n"Cup ""x"" y" ; "1,5" \n"Mug; ; z"  ;2',
+        [item('Cup "x" y', 1.5), item("Mug; ; z", 2)],
     ),
     "CR alone": (b"name;price\rCup;1\rMug;2,5\r", [item("Cup", 1), item("Mug", 2.5)]),
     "a header in quotes": (b'\xef\xbb\xbf"name"\tprice\nCup\t1', [item("Cup", 1)]),
