@@ -934,6 +934,8 @@ class Store(Database):
         """
         if not products:
             raise ValueError("An order needs at least one line.")
+        if len({line["product_id"] for line in products}) < len(products):
+            raise ValueError("An order names each product once.")
         given = merge({"reference": reference, "metadata": {}}, {"metadata": metadata or {}})
         with self.transaction() as connection:
             total, taken = self._take_stock(connection, products)
@@ -1000,8 +1002,7 @@ class Store(Database):
             """,
             products,
         ).rowcount
-        if changed != len(products):
-            raise ValueError("An order names each product once.")
+        assert changed == len(products)
         return total, taken
 
     def update_order(self, order_id: int, *, if_match: Precondition = None, **fields: Any) -> dict:
