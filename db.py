@@ -455,8 +455,8 @@ class Database:
         """A value that differs after every change of the data, or None if it is not known."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
-                # Each connection counts for itself, and a new one starts again.
-                return self._reader(), self._read("PRAGMA data_version")[0]["data_version"]
+                [(version,)] = self._read("PRAGMA data_version")
+                return self._reader(), version  # of this connection; another counts differently
             return None
         if self._wal.exists():  # its writer changes data before the file's modification time
             return None
@@ -840,10 +840,11 @@ class Store(Database):
 
     def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
         """The rows of a query as they are read, through a connection of its own."""
-        if not self.read_only:
-            self._reader()  # opens a file that was locked when the Store was made
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
+            if not self.read_only:
+                self._check_file_each_second()
+                self._reader()  # opens a file that was locked when the Store was made
             with contextlib.closing(self._connect(mode)) as reader:
                 yield from reader.execute(sql, parameters)
         except sqlite3.Error as error:
@@ -1409,9 +1410,9 @@ def backup(
     """
     source = Store(path, read_only=True)
     target = Path(target).absolute()
-    check_target(source.path, target, overwrite)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
+        check_target(source.path, target, overwrite)
         remove_partial_copies(target)
         summary = copy_database(source, partial, progress or (lambda remaining, total: None))
         partial.chmod(source.path.stat().st_mode & 0o777)
@@ -1423,7 +1424,8 @@ def backup(
         raise DatabaseError(f"{target} cannot be written: {error}.") from error
     finally:
         for suffix in "", "-journal", "-wal", "-shm":
-            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.with_name(partial.name + suffix).unlink()
     return summary
 
 

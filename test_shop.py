@@ -3763,6 +3763,9 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
         ["db.sqlite3"],
         ["db.sqlite3", "--overwrite"],
         ["none/such"],
+        ["mine/such"],
+        ["x" * 250],
+        ["x" * 300],
         [".", "--overwrite"],
     ]:
         result = server.run("backup", *arguments)
@@ -3771,6 +3774,12 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
         # The option that helps is named, and only where it does.
         assert arguments != ["mine"] or re.search("mine.*--overwrite", result.stderr)
         assert "--overwrite" not in arguments or "--overwrite" not in result.stderr
+        with pytest.raises(db.DatabaseError):
+            db.backup(
+                tmp_path / "db.sqlite3",
+                tmp_path / arguments[0],
+                overwrite="--overwrite" in arguments,
+            )
     assert (tmp_path / "mine").read_text() == "mine"
     assert server("GET", "/products/1/").status == 200
     assert server.run("backup", "mine", "--overwrite").returncode == 0
@@ -6194,7 +6203,7 @@ def test_health_waits_for_no_lock(tmp_path, clock):
     store.close()
 
 
-def test_a_trial_writes_into_no_other_file(tmp_path, clock):
+def test_neither_a_trial_nor_an_export_uses_another_file(tmp_path, clock):
     store = db.Store(tmp_path / "store", checkpoints=True)
     fail_to_write(store)
     store.list_products()  # the file at the path is looked at now, and again in a second
@@ -6204,6 +6213,8 @@ def test_a_trial_writes_into_no_other_file(tmp_path, clock):
     other.rename(tmp_path / "store")
     with pytest.raises(db.DatabaseUnavailable, match="deleted or replaced"):
         store.check_health()
+    with pytest.raises(db.DatabaseUnavailable, match="deleted or replaced"):
+        list(store.export_products())
     assert (tmp_path / "store").read_bytes() == before
     store.close()
 
