@@ -1492,105 +1492,72 @@ def flush_file(path: Path) -> None:
 
 
 def check_integrity(path: str | os.PathLike) -> list[str]:
-    """What is wrong in a database, one sentence for each fault.
+    """What is wrong in a database, one sentence for each fault; an empty list if nothing is.
 
     Checks pages, constraints, references, totals, the ledger, skus and metadata. Raises
     DatabaseError for a file that is not a shop's database.
     """
     store = Store(path, read_only=True)
+    errors = []
     try:
         # With mode=ro SQLite would not check the CHECK constraints.
         with contextlib.closing(store._connect("mode=rw")) as connection:
             connection.execute("PRAGMA query_only = ON")
-            return [
-                *damaged_pages(connection),
-                *missing_references(connection),
-                *wrong_totals(connection),
-                *wrong_stocks(connection),
-                *missing_searches(connection),
-                *repeated_skus(connection),
-                *wrong_metadata(connection),
-            ]
+            for sentence, sql in FAULTS.items():
+                for row in connection.execute(sql):
+                    errors += sentence.format(**row).splitlines()
     except sqlite3.DatabaseError as error:
-        return [f"{error}."]
+        errors.append(f"{error}.")
+    return errors
 
 
-def damaged_pages(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("PRAGMA integrity_check").fetchall()
-    lines = "\n".join(row["integrity_check"] for row in rows).splitlines()
-    return [line for line in lines if line != "ok"]
-
-
-def missing_references(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("PRAGMA foreign_key_check").fetchall()
-    return [f"A row of {row['table']} refers to a missing row of {row['parent']}." for row in rows]
-
-
-def wrong_totals(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("""
+# A sentence for each row that the query finds.
+FAULTS = {
+    "{integrity_check}": """
+        SELECT integrity_check
+          FROM pragma_integrity_check
+         WHERE integrity_check <> 'ok'
+    """,
+    "A row of {table} refers to a missing row of {parent}.": "PRAGMA foreign_key_check",
+    "Order {id} has a total of {total} cents, but {lines} lines that make {sum}.": """
         SELECT orders.id AS id, total, count(order_line.order_id) AS lines,
                coalesce(sum(price * quantity), 0) AS sum
           FROM orders LEFT JOIN order_line ON order_line.order_id = orders.id
          GROUP BY orders.id
         HAVING total <> sum OR lines = 0
-    """).fetchall()
-    return [
-        f"Order {row['id']} has a total of {row['total']} cents, "
-        f"but {row['lines']} lines that make {row['sum']}."
-        for row in rows
-    ]
-
-
-def wrong_stocks(connection: sqlite3.Connection) -> list[str]:
-    """What the ledger does not explain, from one pass over all movements in their order."""
-    products = connection.execute("SELECT id, stock, movements FROM product").fetchall()
-    counts = {row["id"]: 0 for row in products}
-    stocks = dict(counts)
-    errors = []
-    for product_id, movement_id, change, stock in connection.execute("""
-        SELECT product_id, id, change, stock
-          FROM every_movement
-         ORDER BY product_id, id
-    """):
-        if product_id not in stocks:
-            continue  # deleted
-        counts[product_id] += 1
-        if movement_id != counts[product_id] or stock != stocks[product_id] + change:
-            errors.append(
-                f"Movement {movement_id} of product {product_id} does not follow the one before."
-            )
-        stocks[product_id] += change
-    return errors + [
-        f"Product {row['id']} has a stock of {row['stock']} after {row['movements']} movements, "
-        f"but there are {counts[row['id']]}, which make {stocks[row['id']]}."
-        for row in products
-        if (row["stock"], row["movements"]) != (stocks[row["id"]], counts[row["id"]])
-    ]
-
-
-def missing_searches(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("""
+    """,
+    "Movement {id} of product {product_id} does not follow the one before.": """
+        SELECT product_id, id
+          FROM (SELECT product_id, id, stock, row_number() OVER ledger AS number,
+                       sum(change) OVER ledger AS sum
+                  FROM every_movement
+                WINDOW ledger AS (PARTITION BY product_id ORDER BY id))
+         WHERE (id <> number OR stock <> sum) AND product_id IN (SELECT id FROM product)
+    """,
+    "Product {id} has a stock of {stock} after {movements} movements, "
+    "but there are {count}, which make {sum}.": """
+        SELECT product.id AS id, stock, movements, coalesce(count, 0) AS count,
+               coalesce(sum, 0) AS sum
+          FROM product LEFT JOIN (SELECT product_id, count(*) AS count, sum(change) AS sum
+                                    FROM every_movement
+                                   GROUP BY product_id) ON product_id = product.id
+         WHERE movements <> coalesce(count, 0) OR stock <> coalesce(sum, 0)
+    """,
+    "Product {id} cannot be found: it is not in product_search.": """
         SELECT id
           FROM product
          WHERE id NOT IN (SELECT id FROM product_search)
-    """).fetchall()
-    return [f"Product {row['id']} cannot be found: it is not in product_search." for row in rows]
-
-
-def repeated_skus(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("""
+    """,
+    # NOT INDEXED: the unique index may be what is wrong.
+    "Products {ids} have the same sku {sku!r}.": """
         SELECT sku, group_concat(id, ', ') AS ids
           FROM product NOT INDEXED
          WHERE sku <> ''
          GROUP BY sku
         HAVING count(*) > 1
-    """).fetchall()
-    return [f"Products {row['ids']} have the same sku '{row['sku']}'." for row in rows]
-
-
-def wrong_metadata(connection: sqlite3.Connection) -> list[str]:
-    """Objects that break the rules for metadata; CHECK constraints reject what is no object."""
-    rows = connection.execute("""
+    """,
+    # Constraints reject what is not an object.
+    "{kind} {id} has invalid metadata: at most 50 short texts are allowed.": """
         SELECT kind, item.id AS id
           FROM (SELECT 'Product' AS kind, id, metadata FROM product
                  UNION ALL
@@ -1600,5 +1567,5 @@ def wrong_metadata(connection: sqlite3.Connection) -> list[str]:
         HAVING count(*) > 50
             OR max(type <> 'text' OR length(key) NOT BETWEEN 1 AND 40
                    OR key GLOB '*[^A-Za-z0-9_-]*' OR length(value) > 500)
-    """).fetchall()
-    return [f"{row['kind']} {row['id']} has metadata other than 50 short texts." for row in rows]
+    """,
+}
