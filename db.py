@@ -204,12 +204,6 @@ def etag(row: dict | sqlite3.Row) -> str:
 Precondition = Callable[[str], bool] | None
 
 
-def check_precondition(row: dict, if_match: Precondition) -> None:
-    """Raise PreconditionFailed if the row does not meet the condition."""
-    if if_match is not None and not if_match(etag(row)):
-        raise PreconditionFailed
-
-
 # -------------------------------------------------------------------------------------- Database
 
 
@@ -695,8 +689,7 @@ class Store(Database):
 
     def get_product(self, product_id: int) -> dict:
         """The product, its price in cents. Raises NotFound."""
-        rows = self._read(SELECT_PRODUCT, {"id": product_id})
-        return only_row("product", product_id, rows)
+        return only_row("product", product_id, self._read(SELECT_PRODUCT, {"id": product_id}))
 
     def create_product(self, **fields: Any) -> dict:
         """Add a product and return it.
@@ -717,7 +710,7 @@ class Store(Database):
         ExcessiveMetadata.
         """
         with self.transaction() as connection:
-            product = self._lock_product(connection, product_id, if_match)
+            product = read_to_change(connection, "product", product_id, if_match)
             return self._save_product(connection, merge(product, fields), product)
 
     def update_stock(
@@ -729,7 +722,7 @@ class Store(Database):
         PreconditionFailed, InsufficientStock, ExcessiveStock.
         """
         with self.transaction() as connection:
-            product = self._lock_product(connection, product_id, if_match)
+            product = read_to_change(connection, "product", product_id, if_match)
             stock = product["stock"] + change
             if stock < 0:
                 raise InsufficientStock([shortage(product_id, -change, product["stock"])])
@@ -758,17 +751,8 @@ class Store(Database):
         if_match: as in update_product. Raises NotFound, PreconditionFailed.
         """
         with self.transaction() as connection:
-            self._lock_product(connection, product_id, if_match)
+            read_to_change(connection, "product", product_id, if_match)
             connection.execute("DELETE FROM product WHERE id = :id", {"id": product_id})
-
-    def _lock_product(
-        self, connection: sqlite3.Connection, product_id: int, if_match: Precondition
-    ) -> dict:
-        """The product, read inside the transaction. Raises NotFound, PreconditionFailed."""
-        rows = connection.execute(SELECT_PRODUCT, {"id": product_id}).fetchall()
-        product = only_row("product", product_id, rows)
-        check_precondition(product, if_match)
-        return product
 
     def _save_product(
         self,
@@ -879,7 +863,7 @@ class Store(Database):
             self._require_free_sku(connection, product["sku"])
             connection.execute(SAVE_PRODUCT, encode(product))
             return "added"
-        before = self._lock_product(connection, row["id"], None)
+        before = read_to_change(connection, "product", row["id"])
         product = merge(before, row)
         if product == before:
             return "unchanged"
@@ -1015,9 +999,7 @@ class Store(Database):
         order's row. Raises NotFound, PreconditionFailed, InvalidTransition, ExcessiveMetadata.
         """
         with self.transaction() as connection:
-            rows = connection.execute(SELECT_ORDER, {"id": order_id}).fetchall()
-            before = only_row("order", order_id, rows)
-            check_precondition(before, if_match)
+            before = read_to_change(connection, "order", order_id, if_match)
             order = merge(before, fields)
             if order["status"] not in (before["status"], *TRANSITIONS[before["status"]]):
                 raise InvalidTransition(order_id, before["status"], order["status"])
@@ -1206,6 +1188,17 @@ def only_row(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
     if not rows:
         raise NotFound(kind, row_id)
     return decode(rows[0])
+
+
+def read_to_change(
+    connection: sqlite3.Connection, kind: str, row_id: int, if_match: Precondition = None
+) -> dict:
+    """A product or an order, read inside a transaction. Raises NotFound, PreconditionFailed."""
+    sql = SELECT_PRODUCT if kind == "product" else SELECT_ORDER
+    row = only_row(kind, row_id, connection.execute(sql, {"id": row_id}).fetchall())
+    if if_match is not None and not if_match(etag(row)):
+        raise PreconditionFailed
+    return row
 
 
 def decode(row: sqlite3.Row) -> dict:
