@@ -35,7 +35,8 @@ MAX_ID = 10**18 - 1  # the greatest that a request may name
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 PURGE_LIMIT = 4  # expired idempotency keys that are deleted when one is saved
-WAL_LIMIT = 64 << 20  # bytes by which it may grow without checkpoints
+WAL_LIMIT = 64 << 20  # bytes by which the WAL may grow before somebody sees to it
+SMALL_WRITE = "PRAGMA application_id = 1397247824"  # writes a page though the value is the same
 
 log = logging.getLogger("shop")
 
@@ -381,7 +382,7 @@ class Database:
             raise
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         self._reject_newer_schema(version)
-        writer.execute("PRAGMA application_id = 1397247824")
+        writer.execute(SMALL_WRITE)
         if version < SCHEMA_VERSION:
             migrate(writer, version)
             writer.execute("COMMIT")
@@ -426,24 +427,46 @@ class Database:
             raise DatabaseUnavailable("The database cannot be read.") from error
         if self._write_error and self._writer and time.monotonic() >= self._next_trial:
             self._next_trial = time.monotonic() + 1
-            self._check_file()
-            if self._writer_lock.acquire(blocking=False):
-                try:
-                    self._try_write()
-                finally:
-                    self._writer_lock.release()
+            with contextlib.suppress(sqlite3.Error, DatabaseBusy), self._second_writer() as trial:
+                self._configure_writer(trial)
+                self._empty_wal(trial)
+                trial.execute(SMALL_WRITE)
+                self._write_error = None
         if self._write_error:
             raise DatabaseUnavailable(f"The last write failed: {self._write_error}")
 
-    def _try_write(self) -> None:
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(self._connect("mode=rw", timeout=0)) as connection,
-        ):
-            self._configure_writer(connection)
-            self._empty_wal(connection)
-            connection.execute("PRAGMA application_id = 1397247824")
-            self._write_error = None
+    @contextlib.contextmanager
+    def _second_writer(self) -> Iterator[sqlite3.Connection]:
+        """A connection that waits for no lock, to write while no thread has a transaction.
+
+        Raises DatabaseBusy if one has, DatabaseUnavailable if the file has been replaced.
+        """
+        self._check_file()
+        if not self._writer_lock.acquire(blocking=False):
+            raise DatabaseBusy("The database is busy.")
+        try:
+            with contextlib.closing(self._connect("mode=rw", timeout=0)) as connection:
+                yield connection
+        finally:
+            self._writer_lock.release()
+
+    def checkpoint_if_large(self) -> None:
+        """Fold a WAL that other processes have made large into the file.
+
+        They leave that to the process that serves, which otherwise does it with its own commits.
+        Meant to be called about once a second: it waits for no lock, and reads no more than the
+        size of the WAL while that is small.
+        """
+        if self._writer and self._checkpoints and self._has_large_wal():
+            with (
+                contextlib.suppress(sqlite3.Error, DatabaseUnavailable),
+                self._second_writer() as connection,
+            ):
+                # With the write lock the checkpoint reaches the end of the WAL, and nobody can
+                # begin the WAL again meanwhile, which SQLite before 3.51.3 might not notice.
+                connection.execute("BEGIN IMMEDIATE")
+                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def data_version(self) -> object:
         """A value that differs after every change of the data, or None if it is not known."""
@@ -576,7 +599,7 @@ class Database:
             try:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-                self._writer.execute("PRAGMA application_id = 1397247824")
+                self._writer.execute(SMALL_WRITE)
             except sqlite3.Error as error:
                 raise OutcomeUnknown from error
             raise
@@ -597,10 +620,14 @@ class Database:
 
     def _close_large_wal(self) -> None:
         """Without checkpoints, close a WAL that has grown: if nobody else uses it, that ends it."""
-        may_close = self._writer and not self._checkpoints and self._wal.exists()
-        if may_close and self._wal.stat().st_size > self._wal_limit:
+        if self._writer and not self._checkpoints and self._has_large_wal():
             self.close()
             self._local.reader = self._writer = None
+
+    def _has_large_wal(self) -> bool:
+        size = self._wal.stat().st_size if self._wal.exists() else 0
+        self._wal_limit = min(self._wal_limit, size + WAL_LIMIT)  # a WAL may shrink
+        return size > self._wal_limit
 
     def _empty_wal(self, connection: sqlite3.Connection | None) -> None:
         """Fold the WAL into the file, as far as that is possible now."""

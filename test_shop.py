@@ -6684,6 +6684,42 @@ def test_the_wal_of_a_script_is_bounded_if_nobody_serves_and_its_file_is_complet
     serving.close()
 
 
+def test_the_serving_store_checkpoints_what_others_write_without_waiting(tmp_path, monkeypatch):
+    path = tmp_path / "store"
+    monkeypatch.setattr(db, "WAL_LIMIT", 1_000_000)
+    statements = []
+    serving = db.Store(path, checkpoints=True, lock_timeout=30, trace=statements.append)
+    script = db.Store(path)
+    for _ in range(9):
+        script.create_product(name="x", price=1)
+    before = path.read_bytes()
+
+    def checkpoint():
+        statements.clear()
+        start = time.monotonic()
+        serving.checkpoint_if_large()
+        script.checkpoint_if_large()
+        assert time.monotonic() - start < 10
+        return path.read_bytes() != before
+
+    assert not checkpoint()
+    assert statements == []
+    script.import_products([{"name": "x", "price": 1, "description": "y" * 10_000}] * 1000)
+    for store in serving, script:
+        with store.transaction():
+            assert not checkpoint()
+    assert checkpoint()
+    assert path.stat().st_size > 8_000_000
+    assert checkpoint()
+    assert statements == []  # nothing is left to do
+    wal = serving._wal.stat().st_size
+    script.create_product(name="x", price=1)
+    assert serving._wal.stat().st_size == wal  # it begins again at its start
+    serving.close()
+    script.close()
+    assert db.check_integrity(path) == []
+
+
 def test_the_wal_has_a_limit_to_which_it_shrinks(shop):
     store = shop.app.app.store
     [limit] = store._writer.execute("PRAGMA journal_size_limit").fetchone()
