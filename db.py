@@ -237,7 +237,6 @@ class Database:
         self.lock_timeout = lock_timeout
         self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
-        self._journal = self.path.with_name(self.path.name + "-journal")
         self._checkpoints = checkpoints
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
@@ -252,7 +251,7 @@ class Database:
         self._is_lost = False  # the path no longer leads to the open file
         try:
             if read_only:
-                self._require_current_schema()
+                self._read_schema_version()
             else:
                 self._open_writer()
         except DatabaseBusy:
@@ -282,9 +281,10 @@ class Database:
         return connection
 
     def _read_schema_version(self) -> int:
-        """The schema version of the file, 0 for a new one. Raises DatabaseError if it is not ours.
+        """The schema version of the file; 0 for a new one.
 
-        Writes nothing, neither to the file nor next to it.
+        Writes nothing, neither to the file nor next to it. Raises DatabaseError for a file of
+        another program or of a newer shop, and for an older one that may only be read.
         """
         is_new = not self.path.is_file() or self.path.stat().st_size == 0
         if is_new and not self.read_only:
@@ -301,14 +301,20 @@ class Database:
                 """).fetchone()
         except sqlite3.Error as error:
             raise translate_error(error) from error
-        self._reject_newer_schema(header["version"])
-        is_empty = not header["version"] and not header["tables"]
+        version = header["version"]
+        self._reject_newer_schema(version)
+        is_empty = not version and not header["tables"]
         if header["application_id"] != APPLICATION_ID and (self.read_only or not is_empty):
             raise DatabaseError(f"{self.path} is the database of another program.")
-        return header["version"]
+        if self.read_only and version < SCHEMA_VERSION:
+            raise DatabaseError(
+                f"{self.path} has schema {version}, but {SCHEMA_VERSION} is needed: "
+                "start the shop on it once, without READ_ONLY."
+            )
+        return version
 
     def _inspection_mode(self) -> str:
-        if self._journal.exists():
+        if self.path.with_name(self.path.name + "-journal").exists():
             # The power failed in the first milliseconds of the file's life. SQLite must roll the
             # journal back before it reads, which needs a connection that may write.
             return "mode=rw"
@@ -321,15 +327,6 @@ class Database:
             raise DatabaseError(
                 f"{self.path} was made by a newer version of the shop: its schema is {version}, "
                 f"this version supports {SCHEMA_VERSION}."
-            )
-
-    def _require_current_schema(self) -> None:
-        """Raise DatabaseError for an older file, which a read-only Store cannot migrate."""
-        version = self._read_schema_version()
-        if version < SCHEMA_VERSION:
-            raise DatabaseError(
-                f"{self.path} has schema {version}, but {SCHEMA_VERSION} is needed: "
-                "start the shop on it once, without READ_ONLY."
             )
 
     def _open_writer(self) -> None:
