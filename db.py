@@ -1,9 +1,9 @@
 """The database of the shop: connections, transactions and every SQL statement.
 
-This file knows nothing of HTTP, which is shop.py's; schema.sql enforces what must always be true.
-Money is whole cents in every argument and result, stock is in pieces, and times are UTC, written
-as 2026-11-22T10:15:30Z. A Store may be shared by many threads: each has its own connection for
-reading, and all share the one that writes.
+HTTP is left to shop.py, and schema.sql enforces what must always be true. Money is whole cents in
+every argument and result, stock is in pieces, and times are UTC, written as 2026-11-22T10:15:30Z.
+A Store may be shared by many threads: each reads through its own connection, and all write through
+the same one.
 
     store = Store("db.sqlite3")
     mug = store.create_product(name="Mug", price=999, stock=5)
@@ -31,12 +31,12 @@ APPLICATION_ID = 1397247824  # "SHOP" in ASCII
 MAX_STOCK = 1_000_000_000  # pieces
 MAX_TOTAL = 10**15  # cents, of an order
 MAX_METADATA = 50  # entries
-MAX_ID = 10**18 - 1  # the greatest that a request may name
+MAX_ID = 10**18 - 1  # the largest id that a request may name
 SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 PURGE_LIMIT = 4  # expired idempotency keys that are deleted when one is saved
-WAL_LIMIT = 64 << 20  # bytes by which the WAL may grow before somebody sees to it
-SMALL_WRITE = "PRAGMA application_id = 1397247824"  # writes a page though the value is the same
+WAL_LIMIT = 64 << 20  # bytes by which the WAL may grow before it is folded into the file
+SMALL_WRITE = "PRAGMA application_id = 1397247824"  # writes a page, although the value is the same
 
 log = logging.getLogger("shop")
 
@@ -60,14 +60,14 @@ class UnknownProducts(Exception):
 
 
 class UnknownPlace(Exception):
-    """A page cannot continue after a product that no longer exists: its place is unknown."""
+    """A page cannot continue after a deleted product, whose name and price are unknown."""
 
     def __init__(self, product_id: int):
         super().__init__(f"names product {product_id}, which does not exist: its place is unknown")
 
 
 class InsufficientStock(Exception):
-    """`shortages` has product_id, requested and available, in pieces, for every short line."""
+    """`shortages` is a dict for each short line: product_id, requested and available pieces."""
 
     def __init__(self, shortages: list[dict]):
         super().__init__(
@@ -127,7 +127,7 @@ class IdempotencyKeyReused(Exception):
 
 
 class DatabaseUnavailable(Exception):
-    """The database cannot do this now. Nothing was changed."""
+    """The database cannot be read or written now. Nothing was changed."""
 
 
 class TransactionLost(DatabaseUnavailable):
@@ -178,7 +178,7 @@ def translate_error(error: sqlite3.Error) -> Exception:
 
 
 def file_id(path: Path) -> tuple | None:
-    """What distinguishes a file from another at the same path; None if there is no file."""
+    """Device and inode, by which a file differs from another at its path; None without a file."""
     try:
         status = path.stat()
     except OSError:
@@ -197,7 +197,7 @@ def format_time(seconds: int) -> str:
 
 
 def etag(row: dict | sqlite3.Row) -> str:
-    """A short text, equal for two rows of a table only if all their columns are equal."""
+    """A short text that two rows of a table share only if all their columns are equal."""
     return hashlib.blake2b(repr(tuple(dict(row).values())).encode(), digest_size=12).hexdigest()
 
 
@@ -241,14 +241,14 @@ class Database:
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
-        self._writer_thread: int | None = None  # the thread that is inside a transaction
+        self._writer_thread: int | None = None  # that is inside a transaction
         self._local = threading.local()  # .reader: the thread's own connection for reading
-        self._must_roll_back = False  # a step of the transaction failed after a change
+        self._must_roll_back = False  # because a step of the transaction failed after a change
         self._write_error: Exception | None = None  # why the last write failed, if it did
-        self._next_trial = 0.0  # of a write that failed, by the monotonic clock
-        self._file_id: tuple | None = None  # device and inode of the open file
-        self._next_check = 0.0  # of the file at the path, by the monotonic clock
-        self._is_lost = False  # the path no longer leads to the open file
+        self._next_trial = 0.0  # when check_health() may try a write, by the monotonic clock
+        self._file_id: tuple | None = None  # of the open file
+        self._next_check = 0.0  # when to compare it again, by the monotonic clock
+        self._is_lost = False  # whether the path no longer leads to the open file
         try:
             if read_only:
                 self._read_schema_version()
@@ -366,16 +366,16 @@ class Database:
     def _prepare_schema(self, writer: sqlite3.Connection) -> None:
         """Migrate an older file in one transaction, so that a crash leaves it unchanged.
 
-        A write to a current file, rolled back, shows now rather than with the first order whether
-        the file can be written. BEGIN IMMEDIATE does not: if the file cannot be written, SQLite
-        silently begins a read transaction.
+        On a current file, a write that is rolled back shows at the start, not at the first order,
+        whether the file can be written. BEGIN IMMEDIATE does not show it: if the file cannot be
+        written, SQLite silently begins a read transaction.
         """
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         try:
             writer.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if version == SCHEMA_VERSION and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                return  # another process is writing, which reads need not wait for
+                return  # another process is writing; reads need not wait for it
             raise
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         self._reject_newer_schema(version)
@@ -400,7 +400,7 @@ class Database:
         return reader
 
     def _read(self, sql: str, parameters: dict | tuple = ()) -> list[sqlite3.Row]:
-        """All rows of a query: a read that stayed open would stop the WAL's checkpoints."""
+        """All rows of a query, because a cursor left open would keep checkpoints incomplete."""
         try:
             if not self.read_only:
                 self._check_file_each_second()
@@ -466,13 +466,13 @@ class Database:
                 self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def data_version(self) -> object:
-        """A value that differs after every change of the data, or None if it is not known."""
+        """A value that differs after every change of the data; None while that is unknown."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
                 [(version,)] = self._read("PRAGMA data_version")
-                return self._reader(), version  # of this connection; another counts differently
+                return self._reader(), version  # each connection counts for itself
             return None
-        if self._wal.exists():  # its writer changes data before the file's modification time
+        if self._wal.exists():  # changes in it leave the file's modification time alone
             return None
         try:
             file = self.path.stat()
@@ -498,7 +498,7 @@ class Database:
         if not self._is_lost:
             return
         if self._writer_thread in (None, threading.get_ident()):
-            # Otherwise the next start would replay the WAL into whatever file is at the path.
+            # The next start would replay the WAL into whatever file is at the path by then.
             with contextlib.suppress(sqlite3.Error):
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
@@ -515,10 +515,10 @@ class Database:
         raises.
 
         Inside another transaction of the same thread, the block is a step of the outer one, and
-        only the outer one commits. A step that raises before its first change does no harm to it.
-        After a step that raises later, the outer transaction cannot commit, even if the error is
+        only the outer one commits. A step that raises before its first change leaves the outer one
+        intact. After a step that raises later, the outer one cannot commit, even if the error is
         caught: it rolls back and raises TransactionLost. A savepoint could undo the step alone,
-        but SQLite then copies every page before changing it, a tenth of the CPU of an order, and
+        but SQLite would copy every page before changing it, a tenth of the CPU of an order, and
         a step that checks everything before its first change does not need one.
 
         Raises DatabaseBusy if the write lock is not free within lock_timeout seconds,
@@ -543,7 +543,7 @@ class Database:
             raise DatabaseBusy("The database is busy.")
         try:
             if self._write_error:
-                self._empty_wal(self._writer)  # or the WAL would use up what has become free
+                self._empty_wal(self._writer)  # or it would take the space that has been freed
             self._close_large_wal()
             if not self._writer:
                 self._open_writer()  # the file was locked when the Store was made
@@ -569,9 +569,7 @@ class Database:
     def batch(self) -> contextlib.AbstractContextManager[object]:
         """A transaction for the writes of many requests, which then share one commit.
 
-        A write that fails before its first change does not affect the others; one that fails
-        after a change undoes them all. Raises DatabaseBusy or another DatabaseUnavailable before
-        the block runs; after it TransactionLost, OutcomeUnknown or another DatabaseUnavailable.
+        The writes are its steps: see transaction(), which also says what this raises.
         """
         return self.transaction()
 
@@ -616,7 +614,7 @@ class Database:
             raise failure from error
 
     def _close_large_wal(self) -> None:
-        """Without checkpoints, close a WAL that has grown: if nobody else uses it, that ends it."""
+        """Without checkpoints: close a large WAL, which deletes it unless others have it open."""
         if self._writer and not self._checkpoints and self._has_large_wal():
             self.close()
             self._local.reader = self._writer = None
@@ -627,7 +625,7 @@ class Database:
         return size > self._wal_limit
 
     def _empty_wal(self, connection: sqlite3.Connection | None) -> None:
-        """Fold the WAL into the file, as far as that is possible now."""
+        """Fold the WAL into the file, as far as its readers allow."""
         if self._checkpoints and connection and not connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -639,26 +637,26 @@ class Database:
 class Store(Database):
     """The products, stock ledger, orders and idempotency keys of a shop, in one SQLite file."""
 
-    _purged = ""  # all idempotency keys older than this have been deleted
+    _purged = ""  # the time before which no idempotency key is left
 
     # --- products
 
     def list_products(self, **query: Any) -> tuple[list[dict], int | None]:
         """The products, all of them or a page, and the id to continue after, or None.
 
-        q: only products with each of these words in name or description, in any order, compared
-        as fold() says. sku: only the product with this one, or all without one (""). available:
-        only those with stock (True) or without (False). sort: a key of PRODUCT_ORDERS. after,
-        limit: the page. All are optional. Raises UnknownPlace.
+        q: words that must all occur in name or description, both compared by fold(). sku: the
+        sku that a product must have; "" for none. available: True for products with stock, False
+        for those without. sort: a key of PRODUCT_ORDERS. after: the id to continue after; 0 starts
+        at the beginning. limit: products per page. All are optional. Raises UnknownPlace.
         """
         sql, parameters = self._select_products(PRODUCT_COLUMNS, **query)
         rows, next_after = cut_page(self._read(sql, parameters), query.get("limit"))
         return [decode(row) for row in rows], next_after
 
     def list_products_json(self, **query: Any) -> tuple[str, int | None]:
-        """The same as the text of JSON objects joined by commas, with prices as decimals.
+        """Like list_products(), but as JSON objects joined by commas, with prices as decimals.
 
-        SQLite renders it, three times as fast as json.dumps and without holding the interpreter.
+        SQLite writes the JSON three times as fast as json.dumps, and lets other threads run.
         """
         sql, parameters = self._select_products(PRODUCT_JSON, **query)
         if query.get("limit") is None:
@@ -678,7 +676,7 @@ class Store(Database):
         after: int = 0,
         limit: int | None = None,
     ) -> tuple[str, dict]:
-        """The statement that reads these columns of the products, and its parameters."""
+        """The statement of list_products() for these columns, and its parameters."""
         words = sorted(set(fold(q or "").split()), key=len)
         conditions = []
         if available is not None:
@@ -712,7 +710,7 @@ class Store(Database):
         return select_page(select, conditions, PRODUCT_ORDERS[sort], after), parameters
 
     def get_product(self, product_id: int) -> dict:
-        """The product, its price in cents. Raises NotFound."""
+        """The product, with its price in cents. Raises NotFound."""
         return only_row("product", product_id, self._read(SELECT_PRODUCT, {"id": product_id}))
 
     def create_product(self, **fields: Any) -> dict:
@@ -729,8 +727,8 @@ class Store(Database):
     ) -> dict:
         """Set the given fields (see create_product) and return the product.
 
-        metadata is merged: None removes an entry, and entries that are not given stay. if_match: a
-        condition on the etag() of the row. Raises NotFound, PreconditionFailed, DuplicateSku,
+        metadata: merged; None removes an entry, and entries that are not given stay. if_match: a
+        condition on the product's etag(). Raises NotFound, PreconditionFailed, DuplicateSku,
         ExcessiveMetadata.
         """
         with self.transaction() as connection:
@@ -759,7 +757,8 @@ class Store(Database):
     ) -> tuple[list[dict], int | None]:
         """A page of a product's stock movements, and the id to continue after, or None.
 
-        sort: a key of ID_ORDERS. after, limit: the page. Raises NotFound.
+        sort: a key of ID_ORDERS. after: the id to continue after; 0 starts at the beginning.
+        limit: movements per page. Raises NotFound.
         """
         self.get_product(product_id)
         rows = self._read(
@@ -785,10 +784,10 @@ class Store(Database):
         before: dict | None = None,
         note: str = "",
     ) -> dict:
-        """Write a product and return it.
+        """Write a product, its search texts and the change of its stock; return the product.
 
-        product: with id None, a new one. before: its row before the change. note: why its stock
-        changes. Raises DuplicateSku.
+        product: has the id None if it is new. before: the product before the change. note: why
+        the stock changes. Raises DuplicateSku.
         """
         if before is None or product["sku"] != before["sku"]:
             self._require_free_sku(connection, product["sku"])
@@ -804,7 +803,7 @@ class Store(Database):
 
     @staticmethod
     def _require_free_sku(connection: sqlite3.Connection, sku: str) -> None:
-        """Raise DuplicateSku if a product has this sku."""
+        """Raise DuplicateSku if a product has this sku, unless it is empty."""
         sql = "SELECT id FROM product WHERE sku = :sku AND sku <> ''"
         other = connection.execute(sql, {"sku": sku}).fetchone()
         if other:
@@ -835,19 +834,19 @@ class Store(Database):
     # --- spreadsheets
 
     def export_products(self) -> Iterator[dict]:
-        """Every product by id, with its price in cents, from one consistent read."""
+        """Every product by id, with its price in cents, all from one moment."""
         yield from map(decode, self._stream(SELECT_PRODUCTS + " ORDER BY id"))
 
     def export_order_lines(self, first_day: str | None, last_day: str | None) -> Iterator[dict]:
-        """Every line of the orders created in this time, by order, from one consistent read.
+        """Every line of the orders created in a period, by order, all from one moment.
 
-        first_day, last_day: UTC, as 2026-11-30, both included; None leaves that side open.
+        first_day, last_day: the period, UTC, as 2026-11-30, both included; None sets no bound.
         """
         days = {"first": first_day, "end": last_day and last_day + "T23:59:59Z"}
         yield from map(dict, self._stream(SELECT_EXPORTED_LINES, days))
 
     def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
-        """The rows of a query as they are read, through a connection of its own."""
+        """The rows of a query one by one, from a connection of its own that closes after them."""
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             if not self.read_only:
@@ -861,10 +860,9 @@ class Store(Database):
     def import_products(self, rows: Iterable[dict]) -> tuple[int, int, int]:
         """Add and change products, row by row, in one transaction.
 
-        rows: fields as in create_product, or with the id of a product, fields to change as in
-        update_product. Returns how many products were added, changed, and found to have these
-        values already, which writes nothing. Raises NotFound, DuplicateSku, ExcessiveMetadata,
-        and then nothing has changed.
+        rows: fields as in create_product; or the id of a product and fields as in update_product.
+        Returns how many products were added, how many changed, and how many had these values
+        already. Raises NotFound, DuplicateSku, ExcessiveMetadata; then nothing has changed.
         """
         counts = {"added": 0, "changed": 0, "unchanged": 0}
         with self.transaction() as connection:
@@ -875,13 +873,13 @@ class Store(Database):
             """).fetchall()
             for row in rows:
                 counts[self._import_product(connection, row)] += 1
-            # For all new ones at once, in a quarter of the time that _save_product takes for each.
+            # All new products at once take a quarter of the time that _save_product would.
             fill_search(connection, after=last)
             open_balances(connection, after=last, note="import")
         return counts["added"], counts["changed"], counts["unchanged"]
 
     def _import_product(self, connection: sqlite3.Connection, row: dict) -> str:
-        """Add or change one product, without search and ledger of a new one; say which."""
+        """Add or change a product; return which. Leaves search and ledger of a new one to do."""
         if row.get("id") is None:
             product = merge(PRODUCT_DEFAULTS, row)
             self._require_free_sku(connection, product["sku"])
@@ -907,11 +905,12 @@ class Store(Database):
     ) -> tuple[list[dict], int | None]:
         """A page of the orders, and the id to continue after, or None.
 
-        status, reference: only orders with these. sort: a key of ID_ORDERS. after, limit: the page.
+        status, reference: what an order must have. sort: a key of ID_ORDERS. after: the id to
+        continue after; 0 starts at the beginning. limit: orders per page.
         """
         conditions = []
         if status is not None:
-            # The + keeps SQLite from reading all orders with the status for those with a reference.
+            # The + bars the index of statuses: far fewer orders share a reference than a status.
             conditions.append("+status = :status" if reference else "status = :status")
         if reference is not None:
             conditions.append("reference = :reference")
@@ -934,12 +933,12 @@ class Store(Database):
     def create_order(
         self, products: list[dict], reference: str = "", metadata: dict | None = None
     ) -> dict:
-        """Deduct the stock of every line, or of none, and return the new, pending order.
+        """Deduct the stock of every line, or of none, and return the new order, which is pending.
 
         products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
         once. reference: the caller's own text. metadata: the caller's own dict of texts. Raises
-        UnknownProducts, InsufficientStock with every short line, ExcessiveTotal,
-        ExcessiveMetadata, ValueError if there are no lines or a product appears twice.
+        UnknownProducts or InsufficientStock, each with every line concerned, ExcessiveTotal,
+        ExcessiveMetadata; ValueError if there are no lines or a product appears twice.
         """
         if not products:
             raise ValueError("An order needs at least one line.")
@@ -1017,10 +1016,11 @@ class Store(Database):
     def update_order(self, order_id: int, *, if_match: Precondition = None, **fields: Any) -> dict:
         """Set any of status, reference and metadata of an order and return it.
 
-        status: "completed" or "cancelled", as TRANSITIONS says; the one that the order already has
-        changes nothing. Cancelling puts the stock back, up to MAX_STOCK, if the product still
-        exists. metadata is merged as a product's. if_match: a condition on the etag() of the
-        order's row. Raises NotFound, PreconditionFailed, InvalidTransition, ExcessiveMetadata.
+        status: "completed" or "cancelled", where TRANSITIONS allows it, or the present one, which
+        changes nothing. Cancelling puts the stock of each product that still exists back, up to
+        MAX_STOCK. metadata: merged as in update_product. if_match: a condition on the etag() of
+        the order without its lines. Raises NotFound, PreconditionFailed, InvalidTransition,
+        ExcessiveMetadata.
         """
         with self.transaction() as connection:
             before = read_to_change(connection, "order", order_id, if_match)
@@ -1054,7 +1054,7 @@ class Store(Database):
         return len(due)
 
     def has_expired_orders(self, before: str) -> bool:
-        """Whether expire_orders() would cancel any; this needs no write lock."""
+        """Whether expire_orders() would cancel any. Needs no write lock."""
         return bool(self._read(SELECT_EXPIRED, {"before": before, "limit": 1}))
 
     def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
@@ -1078,8 +1078,9 @@ class Store(Database):
     def get_idempotent(self, key: str, fingerprint: str) -> Any | None:
         """The result stored under an idempotency key in the last KEY_TTL seconds, or None.
 
-        fingerprint: of the request. Call it inside transaction(), so that no other request with
-        the key can come between this and save_idempotent(). Raises IdempotencyKeyReused.
+        fingerprint: equal for equal requests. Call this and save_idempotent() in one transaction(),
+        so that no other request with the key comes between. Raises IdempotencyKeyReused if the
+        key was stored with another fingerprint.
         """
         stored = self._writer.execute(
             """
@@ -1096,9 +1097,9 @@ class Store(Database):
         return json.loads(stored["answer"])
 
     def save_idempotent(self, key: str, fingerprint: str, result: object) -> None:
-        """Store the result of the request with this key, in the transaction of its work.
+        """Store the result of a request under its key, in the transaction of its work.
 
-        result: any value that JSON can carry, except None. A few expired keys are deleted.
+        result: any value that JSON can carry, except None. Also deletes a few expired keys.
         """
         self._writer.execute(
             """
@@ -1139,12 +1140,12 @@ PRODUCT_JSON = """
 """
 SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
 SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
-# CROSS JOIN makes SQLite search the words first, all of them, and fetch only the products that have
-# them, which it sorts if they are wanted by price.
+# CROSS JOIN makes SQLite search the texts of all products first, and fetch only those found. It
+# sorts them if they are wanted by price.
 SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product USING (id)"
 FOUND_PRODUCT = " FROM product CROSS JOIN product_search USING (id)"  # one at most, by its sku
-# The condition that continues a page after an item, and the order. Equal values go by id. Each
-# order has its index, but for -name: see schema.sql.
+# For each sort: the condition that continues after an item, and ORDER BY. Equal values go by id.
+# Every order has an index of its own, except -name: see schema.sql.
 ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 PRODUCT_ORDERS = ID_ORDERS | {
     "name": ("(folded_name, id) > (:value, :after)", "folded_name, id"),
@@ -1159,7 +1160,8 @@ SELECT_MOVEMENTS = """
     SELECT id, change, stock, order_id, note, created_at
       FROM every_movement
 """
-# The longest word is most likely the rarest. No word reaches across the blank of the second.
+# The longest word is most likely the rarest. Words contain no blank, so that none can match across
+# the one between name and description.
 HAS_LONGEST_WORD = "(instr(folded_name, :longest_word) OR instr(folded_description, :longest_word))"
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words)
@@ -1177,21 +1179,20 @@ SELECT_EXPIRED = """
      LIMIT :limit
 """
 LINE_COLUMNS = ("product_id", "name", "price", "quantity", "sku")
-# SQLite sorts only the lines of one order at a time.
+# SQLite reads the lines by order and sorts only those of one order at a time.
 SELECT_LINES = """
     SELECT order_id, product_id, name, price, quantity, sku
       FROM order_line
      WHERE order_id IN (SELECT value FROM json_each(:ids))
      ORDER BY order_id, position
 """
-# Ids grow with the time, but a clock may have been wrong: every order is looked at.
+# Reads every order: later ids usually have later times, but a clock may have been wrong.
 SELECT_EXPORTED_LINES = """
     SELECT order_id, created_at, status, reference, product_id, sku, name, price, quantity
       FROM orders CROSS JOIN order_line ON order_id = id
      WHERE (:first IS NULL OR created_at >= :first) AND (:end IS NULL OR created_at <= :end)
      ORDER BY id, position
 """
-encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def select_page(select: str, conditions: list[str], order: tuple[str, str], after: int) -> str:
@@ -1202,7 +1203,10 @@ def select_page(select: str, conditions: list[str], order: tuple[str, str], afte
 
 
 def cut_page(rows: list[sqlite3.Row], limit: int | None) -> tuple[list[sqlite3.Row], int | None]:
-    """The page out of rows, one of them too many if more follow; and the id to continue after."""
+    """The rows of a page, and the id to continue after, or None.
+
+    rows: one more than the limit if the page is not the last.
+    """
     if limit is None or len(rows) <= limit:
         return rows, None
     return rows[:limit], rows[limit - 1]["id"]
@@ -1226,17 +1230,20 @@ def read_to_change(
 
 
 def decode(row: sqlite3.Row) -> dict:
-    """A row of a product or an order as a dict, whose metadata is one as well."""
+    """A product or an order as a dict, with its metadata parsed."""
     return {**row, "metadata": json.loads(row["metadata"])}
 
 
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def encode(item: dict) -> dict:
-    """The parameters that store a product or an order."""
+    """A product or an order as parameters of a statement, with its metadata as JSON."""
     return {**item, "metadata": encode_json(item["metadata"])}
 
 
 def merge(item: dict, fields: dict) -> dict:
-    """The product or order with these fields, its metadata merged. Raises ExcessiveMetadata."""
+    """A product or an order after an update of these fields. Raises ExcessiveMetadata."""
     metadata = item["metadata"]
     if fields.get("metadata"):
         metadata = {**metadata, **fields["metadata"]}
@@ -1295,8 +1302,8 @@ def open_balances(
     connection.execute("UPDATE product SET movements = 1 WHERE id > ? AND stock > 0", (after,))
 
 
-# Letters that Unicode does not decompose, and what people type in place of an apostrophe (the
-# modifier letters, primes and accents that look like one) or a hyphen (dashes, minus).
+# Letters that Unicode does not decompose, and characters that people type instead of an apostrophe
+# (modifier letters, primes and accents that look like one) or a hyphen (dashes, minus).
 SPELLINGS = str.maketrans(
     "ⱥƀȼđðɇǥħıɨɉꝁłƚøŋᵽɍŧⱦʉɏƶ’‘‛ʼʻʽʹˈˊˋ`´᾽᾿′‵՚׳ꞌ‐‑‒–—―−⁃˗־֊᠆⸺⸻",
     "abcddeghiijkllonprttuyz'''''''''''''''''''--------------",
@@ -1304,15 +1311,15 @@ SPELLINGS = str.maketrans(
 
 
 def fold(text: str) -> str:
-    """The text as searches and sorting compare it, without case and accents.
+    """The text in the form that searches and sorting compare, without case and accents.
 
-    Letters with strokes and ligatures become what they are made of, every apostrophe ' and every
-    hyphen or dash -: "Smørrebrød – O’Neill" becomes "smorrebrod - o'neill".
+    Letters lose their strokes, ligatures become two letters, and all kinds of apostrophes and
+    hyphens one each: "Smørrebrød – O’Neill" becomes "smorrebrod - o'neill".
     """
     if text.isascii():
         return text.lower().replace("`", "'")
-    # Some apostrophes are to be replaced before NFKD, which makes a blank and an accent of them,
-    # and some letters after it has taken their accents away.
+    # Apostrophes first, because NFKD splits some of them into a blank and an accent; letters again
+    # afterwards, because some have a stroke under an accent.
     letters = unicodedata.normalize("NFKD", text.casefold().translate(SPELLINGS))
     folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return folded.casefold().translate(SPELLINGS)
@@ -1323,9 +1330,9 @@ def search_row(product: dict | sqlite3.Row) -> dict:
 
 
 # ------------------------------------------------------------------------------------ migrations
-# A file with an older schema is migrated in one transaction: first the `alter` statements of all
-# pending migrations change its tables, then schema.sql creates the tables and indexes that are
-# missing, then each `fill` adds the rows that need Python.
+# An older file is migrated in one transaction: first the `alter` statements of all pending
+# migrations change its tables, then schema.sql creates the missing tables and indexes, then each
+# `fill` adds the rows that need Python.
 
 
 class Migration(NamedTuple):
@@ -1419,11 +1426,12 @@ def backup(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict:
-    """Copy a database that may be in use to a file: a consistent, checked copy or none at all.
+    """Copy a database, which may be in use, to a file: a consistent and checked copy, or nothing.
 
-    progress: called with the pages that remain and the number of all pages. Returns the numbers
-    of products, orders and bytes in the copy. Raises DatabaseError if the source is not a shop's
-    database, the target exists (unless overwrite) or is the source, or the copy fails.
+    overwrite: replace an existing target. progress: called with the number of pages that remain
+    and of all pages. Returns the numbers of products, orders and bytes in the copy. Raises
+    DatabaseError if the source is not a shop's database, the target may not be written, or the
+    copy fails.
     """
     source = Store(path, read_only=True)
     target = Path(target).absolute()
@@ -1447,19 +1455,19 @@ def backup(
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Raise DatabaseError if a backup must not be written there."""
+    """Raise DatabaseError if a backup may not be written to the target."""
     if target.exists() and (not target.is_file() or target.samefile(source)):
         raise DatabaseError(f"{target} is not a file that a backup may overwrite.")
     if target.exists() and not overwrite:
         raise DatabaseError(f"{target} already exists: --overwrite replaces it.")
-    # SQLite would take a WAL next to the copy for the copy's own.
+    # SQLite would apply a WAL next to the copy as if it were the copy's.
     for suffix in "-wal", "-shm", "-journal":
         if target.name.endswith(suffix) or target.with_name(target.name + suffix).exists():
-            raise DatabaseError(f"{target} is, or has next to it, a file of a database in use.")
+            raise DatabaseError(f"{target} is, or is next to, a file of a database in use.")
 
 
 def remove_partial_copies(target: Path) -> None:
-    """Remove what backups to this target left behind when they were killed."""
+    """Remove the partial copies of backups to this target that were killed."""
     name = re.compile(re.escape(target.name) + r"\.partial-([0-9]+)(-journal|-wal|-shm)?")
     for file in target.parent.iterdir():
         match = name.fullmatch(file.name)
@@ -1483,7 +1491,7 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
         contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy,
         contextlib.closing(source._connect("mode=ro")) as reader,
     ):
-        # A read transaction: without it, each order placed meanwhile would restart the copy.
+        # Without a read transaction each order placed meanwhile would restart the copy.
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM product").fetchall()
         reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
