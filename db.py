@@ -70,13 +70,8 @@ class InsufficientStock(Exception):
     """`shortages` is a dict for each short line: product_id, requested and available pieces."""
 
     def __init__(self, shortages: list[dict]):
-        super().__init__(
-            " ".join(
-                f"Product {line['product_id']} has {line['available']} left, "
-                f"{line['requested']} were asked for."
-                for line in shortages
-            )
-        )
+        sentence = "Product {product_id} has {available} left, {requested} were asked for."
+        super().__init__(" ".join(sentence.format(**line) for line in shortages))
         self.shortages = shortages
 
 
@@ -387,13 +382,16 @@ class Database:
             writer.execute("ROLLBACK")
 
     def _reader(self) -> sqlite3.Connection:
-        """This thread's connection for reading."""
+        """This thread's connection for reading, whose file is checked about once a second."""
+        if not self._writer:
+            with self.transaction():
+                pass  # opens the writer, which prepares the file
         reader = getattr(self._local, "reader", None)
-        if reader is None:
-            if not self._writer:
-                with self.transaction():
-                    pass  # opens the writer, which prepares the file
+        now = time.monotonic()
+        if reader is None or self._is_lost or now >= self._next_check:
+            self._next_check = now + 1
             self._check_file()
+        if reader is None:
             reader = self._connect("mode=rw")
             reader.execute("PRAGMA query_only = ON")
             self._local.reader = reader
@@ -403,7 +401,6 @@ class Database:
         """All rows of a query, because a cursor left open would keep checkpoints incomplete."""
         try:
             if not self.read_only:
-                self._check_file_each_second()
                 return self._reader().execute(sql, parameters).fetchall()
             # Litestream does not update SQLite's change counter when it writes pages into a copy,
             # and cannot write while another process has the file open in WAL mode: a connection
@@ -482,14 +479,6 @@ class Database:
         if time.time_ns() - file.st_mtime_ns < 100_000_000:
             return None
         return file.st_ino, file.st_size, file.st_mtime_ns
-
-    def _check_file_each_second(self) -> None:
-        """Call _check_file(), at most once a second while all is well."""
-        now = time.monotonic()
-        if not self._writer or (now < self._next_check and not self._is_lost):
-            return
-        self._next_check = now + 1
-        self._check_file()
 
     def _check_file(self) -> None:
         """Raise DatabaseUnavailable if the path no longer leads to the open file."""
@@ -850,7 +839,6 @@ class Store(Database):
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             if not self.read_only:
-                self._check_file_each_second()
                 self._reader()  # opens a file that was locked when the Store was made
             with contextlib.closing(self._connect(mode)) as reader:
                 yield from reader.execute(sql, parameters)
@@ -866,11 +854,7 @@ class Store(Database):
         """
         counts = {"added": 0, "changed": 0, "unchanged": 0}
         with self.transaction() as connection:
-            [(last,)] = connection.execute("""
-                SELECT coalesce(max(seq), 0)
-                  FROM sqlite_sequence
-                 WHERE name = 'product'
-            """).fetchall()
+            [(last,)] = connection.execute("SELECT coalesce(max(id), 0) FROM product").fetchall()
             for row in rows:
                 counts[self._import_product(connection, row)] += 1
             # All new products at once take a quarter of the time that _save_product would.
@@ -1101,17 +1085,13 @@ class Store(Database):
 
         result: any value that JSON can carry, except None. Also deletes a few expired keys.
         """
+        answer = json.dumps(result)
         self._writer.execute(
             """
             INSERT OR REPLACE INTO idempotency_key (key, fingerprint, answer, created_at)
             VALUES (:key, :fingerprint, :answer, :now)
             """,
-            {
-                "key": key,
-                "fingerprint": fingerprint,
-                "answer": json.dumps(result),
-                "now": timestamp(),
-            },
+            {"key": key, "fingerprint": fingerprint, "answer": answer, "now": timestamp()},
         )
         expired = timestamp(KEY_TTL)
         if expired == self._purged:
@@ -1156,10 +1136,7 @@ PRODUCT_ORDERS = ID_ORDERS | {
     "price": ("(price, id) > (:value, :after)", "price, id"),
     "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
 }
-SELECT_MOVEMENTS = """
-    SELECT id, change, stock, order_id, note, created_at
-      FROM every_movement
-"""
+SELECT_MOVEMENTS = "SELECT id, change, stock, order_id, note, created_at FROM every_movement"
 # The longest word is most likely the rarest. Words contain no blank, so that none can match across
 # the one between name and description.
 HAS_LONGEST_WORD = "(instr(folded_name, :longest_word) OR instr(folded_description, :longest_word))"
@@ -1319,7 +1296,7 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.lower().replace("`", "'")
     # Apostrophes first, because NFKD splits some of them into a blank and an accent; letters again
-    # afterwards, because some have a stroke under an accent.
+    # afterwards, because it uncovers some under their accents: ǿ has a stroke too.
     letters = unicodedata.normalize("NFKD", text.casefold().translate(SPELLINGS))
     folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return folded.casefold().translate(SPELLINGS)
