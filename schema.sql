@@ -2,8 +2,8 @@
 -- better messages. Money is whole cents, stock is in pieces, and times are UTC, written as
 -- 2026-11-22T10:15:30Z. Because of AUTOINCREMENT no id is ever reused, not even after a deletion.
 --
--- A change of this file takes a higher SCHEMA_VERSION and a new item of MIGRATIONS, both in db.py.
--- New columns go to the end of their table, where ALTER TABLE puts them too.
+-- Whoever changes a table or an index raises SCHEMA_VERSION and adds an item to MIGRATIONS, both in
+-- db.py. New columns go to the end of their table, where ALTER TABLE puts them too.
 
 PRAGMA application_id = 1397247824;  -- "SHOP" in ASCII: identifies the file as a shop's
 PRAGMA user_version = 7;             -- SCHEMA_VERSION
@@ -27,11 +27,12 @@ CREATE TABLE IF NOT EXISTS product (
            <> '')
 ) STRICT;
 
--- Pages by price. Every index ends with the row's id, ascending in both of these.
+-- For pages by price, up and down. Equal prices go by id in both: every index entry ends with the
+-- id of its row, in ascending order.
 CREATE INDEX IF NOT EXISTS product_by_price ON product (price);
 CREATE INDEX IF NOT EXISTS product_by_price_down ON product (price DESC);
 
--- Any number of products may be without a sku.
+-- Partial, because any number of products may be without a sku.
 CREATE UNIQUE INDEX IF NOT EXISTS product_by_sku ON product (sku) WHERE sku <> '';
 
 
@@ -65,10 +66,11 @@ CREATE TABLE IF NOT EXISTS orders (
                CHECK (json_valid(metadata) AND json_type(metadata) = 'object')
 ) STRICT;
 
--- A partial index costs orders without a reference nothing; a list of just those reads all by id.
+-- Partial, so that it costs orders without a reference nothing. A list of just those orders reads
+-- all orders by id.
 CREATE INDEX IF NOT EXISTS orders_by_reference ON orders (reference) WHERE reference <> '';
 
--- Pages of the orders with one status.
+-- For pages of the orders with a given status.
 CREATE INDEX IF NOT EXISTS orders_by_status ON orders (status);
 
 -- Finds the pending orders that have expired.
@@ -92,8 +94,8 @@ CREATE TABLE IF NOT EXISTS order_line (
 ) STRICT, WITHOUT ROWID;
 
 
--- The ledger is this table and the lines of orders. Here are the changes of stock that are not
--- sales, cancelled orders included, each written in the transaction of the change.
+-- The changes of stock that are not sales, each written in the transaction of the change; a
+-- cancelled order is one for each of its products. With the lines of orders they make the ledger.
 CREATE TABLE IF NOT EXISTS movement (
     product_id INTEGER NOT NULL REFERENCES product (id) ON DELETE CASCADE,
     id         INTEGER NOT NULL CHECK (id > 0),               -- counted from 1 for each product
@@ -110,8 +112,9 @@ CREATE TABLE IF NOT EXISTS movement (
 CREATE INDEX IF NOT EXISTS order_line_by_movement ON order_line (product_id, movement_id)
  WHERE movement_id IS NOT NULL;
 
--- The whole ledger. The CASTs give both halves columns of the same types. Only then can SQLite
--- merge them in the order of their indexes, rather than sort all movements of a product for a page.
+-- The whole ledger. The CASTs give both halves columns of the same types: only then does SQLite
+-- merge them in the order of their indexes. Otherwise each page would sort all movements of its
+-- product.
 CREATE VIEW IF NOT EXISTS every_movement AS
 SELECT product_id, id, change, stock, order_id, note, created_at
   FROM movement
