@@ -447,20 +447,18 @@ class Database:
     def checkpoint_if_large(self) -> None:
         """Fold a WAL that other processes have made large into the file.
 
-        They leave that to the process that serves, which otherwise does it with its own commits.
-        Meant to be called about once a second: it waits for no lock, and reads no more than the
-        size of the WAL while that is small.
+        They leave that to the process that serves, whose own commits checkpoint otherwise. Meant
+        to be called about once a second: it waits for no lock, raises nothing if it cannot be done
+        now, and only looks at the size of a WAL that is small.
         """
-        if self._writer and self._checkpoints and self._has_large_wal():
-            with (
-                contextlib.suppress(sqlite3.Error, DatabaseUnavailable),
-                self._second_writer() as connection,
-            ):
-                # With the write lock the checkpoint reaches the end of the WAL, and nobody can
-                # begin the WAL again meanwhile, which SQLite before 3.51.3 might not notice.
-                connection.execute("BEGIN IMMEDIATE")
-                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
+        with contextlib.suppress(OSError, sqlite3.Error, DatabaseUnavailable):
+            if self._writer and self._checkpoints and self._has_large_wal():
+                with self._second_writer() as connection:
+                    # While nobody can write, the checkpoint reaches the end of the WAL, and nobody
+                    # resets the WAL under it, which SQLite before 3.51.3 might not notice.
+                    connection.execute("BEGIN IMMEDIATE")
+                    self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                    self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def data_version(self) -> object:
         """A value that differs after every change of the data; None while that is unknown."""
@@ -558,7 +556,8 @@ class Database:
     def batch(self) -> contextlib.AbstractContextManager[object]:
         """A transaction for the writes of many requests, which then share one commit.
 
-        The writes are its steps: see transaction(), which also says what this raises.
+        Each write is a step of it. Raises as transaction() does: a lock that is not free before
+        the block runs, a lost step or a failed commit after it.
         """
         return self.transaction()
 
