@@ -1011,13 +1011,27 @@ def test_the_index_names_paths_that_exist_and_health_is_ok(shop):
     assert shop("GET", "/healthz").json == {"status": "ok"}
 
 
-def test_an_unexpected_error_is_a_500_that_reveals_nothing(shop, mug, database):
+def mounted(shop, catchall=True):
+    """A client of another Bottle, in which the shop is mounted at /a/b/."""
+    parent = bottle.Bottle()
+    parent.catchall = catchall
+    parent.mount("/a/b/", shop.app.app)
+    return Client(parent, "/a/b")
+
+
+@pytest.mark.parametrize("catchall", [None, True, False])
+def test_an_unexpected_error_is_a_500_that_reveals_nothing(shop, mug, database, catchall):
+    path = ""
+    if catchall is not None:
+        shop = mounted(shop, catchall)
+        path = "/a/b"
+    assert shop("GET", f"{path}/products/").status_int == 200
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
-    assert_reveals_nothing(shop("GET", "/products/"))
-    assert shop("GET", "/healthz").status_int == 503
-    assert shop.order((1, 1)).status_int == 500
-    assert shop("GET", "/openapi.json").status_int == 200
+    assert_reveals_nothing(shop("GET", f"{path}/products/"))
+    assert_reveals_nothing(shop("POST", f"{path}/orders/", order_of((1, 1))))
+    assert shop("GET", f"{path}/healthz").status_int == 503
+    assert shop("GET", f"{path}/openapi.json").status_int == 200
 
 
 def assert_reveals_nothing(response):
@@ -1029,14 +1043,6 @@ def assert_reveals_nothing(response):
 
 
 # --------------------------------------------------------------------------------------- embedding
-
-
-def mounted(shop, catchall=True):
-    """A client of another Bottle, in which the shop is mounted at /a/b/."""
-    parent = bottle.Bottle()
-    parent.catchall = catchall
-    parent.mount("/a/b/", shop.app.app)
-    return Client(parent, "/a/b")
 
 
 def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
@@ -1053,16 +1059,6 @@ def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
     assert client("GET", "/a/b/").json["orders"] == "/a/b/orders/"
     assert client("GET", "/a/b/openapi.json").json["servers"] == [{"url": "/a/b"}]
     assert client("GET", "/a/b/products/%E6%97%A5/").status_int == 404
-
-
-@pytest.mark.parametrize("catchall", [True, False])
-def test_an_unexpected_error_stays_a_500_in_a_mounted_shop(shop, database, catchall):
-    client = mounted(shop, catchall)
-    assert client("GET", "/a/b/products/").status_int == 200
-    with connect(database) as connection:
-        connection.execute("ALTER TABLE product RENAME TO secret_name")
-    assert_reveals_nothing(client("GET", "/a/b/products/"))
-    assert_reveals_nothing(client("POST", "/a/b/orders/", order_of((1, 1))))
 
 
 def test_an_embedding_program_adds_routes_and_plugins_of_its_own(shop, mug):
@@ -1624,16 +1620,13 @@ def test_an_update_of_an_order_that_is_refused_changes_nothing(shop, mug):
     body = shop("PATCH", "/orders/1/", {})
     assert errors_of(body) == {"#": f"The body must have at least one of {names}."}
     for patch, pointers in [
-        ({"status": "pending"}, ["#/status"]),
-        ({"status": "shipped", "reference": "lost"}, ["#/status"]),
-        ({"status": None, "reference": None}, ["#/status", "#/reference"]),
-        (
-            {"status": "completed", "total_price": 0, "products": []},
-            ["#/products", "#/total_price"],
-        ),
-        ({"metadata": {"a": 1}, "status": "cancelled"}, ["#/metadata/a"]),
+        ({"status": "pending"}, "#/status"),
+        ({"status": "shipped", "reference": "lost"}, "#/status"),
+        ({"status": None, "reference": None}, "#/reference #/status"),
+        ({"status": "completed", "total_price": 0, "products": []}, "#/products #/total_price"),
+        ({"metadata": {"a": 1}, "status": "cancelled"}, "#/metadata/a"),
     ]:
-        assert sorted(errors_of(shop("PATCH", "/orders/1/", patch))) == sorted(pointers)
+        assert sorted(errors_of(shop("PATCH", "/orders/1/", patch))) == pointers.split()
     assert everything(shop) == before
     shop("PATCH", "/orders/1/", {"status": "cancelled"})
     before = everything(shop)
@@ -3556,14 +3549,12 @@ def test_check_finds_planted_damage(shop, mug, database, tmp_path, statement, me
     assert all(line.startswith("db.sqlite3: ") for line in result.stdout.splitlines())
 
 
-def test_check_has_nothing_against_metadata_at_its_limits(tmp_path):
-    store = db.Store(tmp_path / "limits")
+def test_check_has_nothing_against_metadata_at_its_limits(store):
     metadata = {f"{n:040}": "😀" * 500 for n in range(50)} | {"0" * 40: ""}
     product = store.create_product(name="x", price=1, stock=1, metadata=metadata)
     order = store.create_order([{"product_id": 1, "quantity": 1}], metadata=metadata)
     assert product["metadata"] == order["metadata"] == metadata
-    store.close()
-    assert db.check_integrity(tmp_path / "limits") == []
+    assert db.check_integrity(store.path) == []
 
 
 def test_check_finds_a_damaged_page(shop, tmp_path, database):
@@ -4283,7 +4274,8 @@ SCHEMA_1 = """
                               (2, 'cancelled', 1498, '2026-11-24T18:26:25Z');
     INSERT INTO order_line VALUES (1, 1, 0, 'Café', 999, 2), (2, 1, 1, 'Café', 999, 1),
                                   (2, 2, 0, 'Tea', 499, 1);
-    INSERT INTO idempotency_key VALUES (1, 'k1', '6fe335022035e90e3369da5d', '[201, "/orders/1/", "{}"]',
+    INSERT INTO idempotency_key VALUES (1, 'k1', '6fe335022035e90e3369da5d',
+                                        '[201, "/orders/1/", "{}"]',
                                         strftime('%Y-%m-%dT%H:%M:%SZ', 'now'));
 """
 
@@ -5108,37 +5100,31 @@ SYNC_SHIM = r"""
 
 static int fails(int descriptor) {
     const char *control = getenv("SYNC_CONTROL");
-    char link[64], path[4096];
+    char link[64], path[4096] = "";
     int error = 0, times = 0, milliseconds = 0;
-    ssize_t length;
     FILE *file;
 
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    length = readlink(link, path, sizeof path);
-    if (length < 4 || memcmp(path + length - 4, "-wal", 4) != 0)
+    if (readlink(link, path, sizeof path - 1) < 0 || !strstr(path, "-wal"))
         return 0;
-    if (!control || !(file = fopen(control, "r")))
+    if (!(file = fopen(control, "r")))
         return 0;
     if (fscanf(file, "%d %d %d", &error, &times, &milliseconds) != 3)
         abort();
     fclose(file);
     if (times == 1)
         unlink(control);
-    if (milliseconds)
-        usleep(milliseconds * 1000);
+    usleep(milliseconds * 1000);
     errno = error;
     return error != 0;
 }
 
-int fdatasync(int descriptor) {
-    int (*next)(int) = (int (*)(int)) dlsym(RTLD_NEXT, "fdatasync");
-    return fails(descriptor) ? -1 : next(descriptor);
+#define FLUSH(function) int function(int descriptor) { \
+    int (*next)(int) = (int (*)(int)) dlsym(RTLD_NEXT, #function); \
+    return fails(descriptor) ? -1 : next(descriptor); \
 }
-
-int fsync(int descriptor) {
-    int (*next)(int) = (int (*)(int)) dlsym(RTLD_NEXT, "fsync");
-    return fails(descriptor) ? -1 : next(descriptor);
-}
+FLUSH(fdatasync)
+FLUSH(fsync)
 """
 
 
@@ -5290,6 +5276,7 @@ def test_a_step_of_a_transaction_that_is_refused_leaves_the_others(store, begin)
         for error, write in [
             (db.InsufficientStock, lambda: store.create_order([mug, jug])),
             (db.UnknownProducts, lambda: store.create_order([mug, none])),
+            (ValueError, lambda: store.create_order([])),
             (db.ExcessiveTotal, lambda: store.create_order([gold, mug])),
             (db.ExcessiveMetadata, lambda: store.create_order([mug], metadata=many)),
             (db.ExcessiveMetadata, lambda: store.create_product(name="x", price=1, metadata=many)),
@@ -5471,17 +5458,6 @@ def test_the_rows_of_an_import_take_effect_in_their_order_or_not_at_all(store):
         assert store.list_products()[0] == products
     assert store.import_products(moves) == (1, 2, 0)
     assert [product["sku"] for product in store.list_products()[0]] == ["", "B", "A"]
-
-
-def test_a_result_is_stored_for_the_request_it_belongs_to(store):
-    with store.transaction():
-        assert store.get_idempotent("key", "fingerprint") is None
-        store.save_idempotent("key", "fingerprint", [201, None, "body"])
-    with store.transaction():
-        assert store.get_idempotent("key", "fingerprint") == [201, None, "body"]
-        assert store.get_idempotent("other", "fingerprint") is None
-        with pytest.raises(db.IdempotencyKeyReused):
-            store.get_idempotent("key", "other")
 
 
 @pytest.mark.parametrize("times, status", [(1, 201), (0, 503)])
@@ -6394,12 +6370,10 @@ def test_the_command_expire_cancels_what_is_due_and_says_how_many(tmp_path, data
     assert db.check_integrity(database) == []
 
 
-def test_the_oldest_orders_before_a_moment_expire_first_and_those_of_it_do_not(tmp_path):
-    place_orders(tmp_path / "store", 9)
-    with connect(tmp_path / "store") as connection:
-        sql = "UPDATE orders SET created_at = '2026-11-22T10:15:' || (39 - id) || 'Z'"
-        connection.execute(sql)
-    store = db.Store(tmp_path / "store")
+def test_the_oldest_orders_before_a_moment_expire_first_and_those_of_it_do_not(store):
+    place_orders(store.path, 9)
+    with connect(store.path) as connection:
+        connection.execute("UPDATE orders SET created_at = '2026-11-22T10:15:' || (39 - id) || 'Z'")
     before = "2026-11-22T10:15:34Z"  # order 5 was placed then
     cancelled = []
     while store.has_expired_orders(before):
@@ -6409,7 +6383,6 @@ def test_the_oldest_orders_before_a_moment_expire_first_and_those_of_it_do_not(t
     assert cancelled == [7, 8, 9, 6]
     assert store.expire_orders(before) == 0
     assert store.get_product(1)["stock"] == 9995
-    store.close()
 
 
 def test_expire_without_a_timeout_is_an_error_and_changes_nothing(tmp_path, database):
