@@ -228,7 +228,7 @@ class Database:
     ):
         if sqlite3.sqlite_version_info < (3, 37):
             raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed.")
-        self.path = Path(path).resolve()  # SQLite puts the WAL next to the target of a link
+        self.path = Path(os.path.realpath(path))  # SQLite puts the WAL next to a link's target
         self.lock_timeout = lock_timeout
         self.read_only = read_only
         self._wal = self.path.with_name(self.path.name + "-wal")
@@ -281,7 +281,9 @@ class Database:
         Writes nothing, neither to the file nor next to it. Raises DatabaseError for a file of
         another program or of a newer shop, and for an older one that may only be read.
         """
-        is_new = not self.path.is_file() or self.path.stat().st_size == 0
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        if self.path.exists() and not self.path.is_file():
+            raise DatabaseError(f"{self.path} is not a file.")
         if is_new and not self.read_only:
             return 0
         try:

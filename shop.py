@@ -2012,7 +2012,7 @@ class Loop:
         self.slow_reads: list[Any] = []  # for the thread, once the turn is over
         self.is_locked = False  # by another process, and writes wait
         self.stopped_at = 0.0
-        self.next_check = 0.0  # of timeouts
+        self.next_check = 0.0
         self.order_timeout = settings.order_timeout or 0.0
         self.next_expiry = 0.0 if settings.order_timeout and not settings.read_only else math.inf
         self.date = b""
@@ -2060,7 +2060,7 @@ class Loop:
                 count = len(self.ready)  # what comes while the first are read shares their commit
                 waitress.wasyncore.poll2(0, self.map)
             self.take_turn()
-            self.close_late_channels()
+            self.check_each_second()
             self.expire_orders()
         self.thread.shutdown(cancel_pending=False, timeout=1)
         waitress.wasyncore.close_all(self.map)
@@ -2194,10 +2194,11 @@ class Loop:
         stamp = db.format_time(int(now))
         return f"{stamp} {client} {method} {path} {answer} {milliseconds:.1f}\n"
 
-    def close_late_channels(self) -> None:
+    def check_each_second(self) -> None:
         now = time.monotonic()
         if now > self.next_check:
             self.next_check = now + 1
+            self.store.checkpoint_if_large()
             for channel in self.channels():
                 channel.deadline = channel.deadline or now + IDLE_TIMEOUT  # a new connection
                 # One that neither sends nor receives waits for the lock, or for a slow read.

@@ -3229,6 +3229,18 @@ def test_the_start_says_who_may_do_what(tmp_path, database, settings, line):
     assert server.log[1:] == [line + "\n"]
 
 
+def test_what_is_no_file_is_no_database_and_nothing_is_left_beside_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in "pipe", "loop":
+        server = Server(tmp_path, DATABASE_URL=f"sqlite:///{name}")
+        for command in [], ["export"], ["check"]:
+            result = server.run(*command)
+            assert result.returncode == (1 if command else 2)
+            assert re.fullmatch(rf"shop: [^\n]*{name}[^\n]*\n", result.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "loop"}
+
+
 def test_a_port_in_use_ends_the_start_with_one_line(server, tmp_path):
     result = Server(tmp_path, PORT=str(server.port)).run()
     assert result.returncode == 2
@@ -6038,6 +6050,14 @@ def test_the_wal_of_a_script_is_bounded_if_nobody_serves_and_its_file_is_complet
     assert path.stat().st_size == (tmp_path / "copy").stat().st_size
     script.close()
     serving.close()
+
+
+def test_a_server_without_a_write_of_its_own_checkpoints_an_import(start_server, database):
+    server = start_server("db.WAL_LIMIT = 1_000_000")
+    rows = "".join(f"x,1,{'y' * 9000}\n" for _ in range(300))
+    (server.folder / "in.csv").write_text("name,price,description\n" + rows)
+    assert server.run("import", "in.csv").returncode == 0
+    wait_for(lambda: database.stat().st_size > 2_000_000)
 
 
 def test_the_serving_store_checkpoints_what_others_write_without_waiting(tmp_path, monkeypatch):
