@@ -1940,12 +1940,18 @@ class Channel(waitress.channel.HTTPChannel):
 
     def received(self, data):
         # A GET that has been answered is known by its bytes, and need not be parsed.
-        if self.request or self.requests or data not in self.server.task_dispatcher.cache:
+        loop = self.server.task_dispatcher
+        if self.request or self.requests or data not in loop.cache:
             return super().received(data)
         self.requests.append(Request(self.adj))
         self.requests[0].raw = data
-        self.server.add_task(self)
+        loop.add_task(self)
         return True
+
+    def write_soon(self, data):
+        # What the socket takes at once, as most responses, needs none of waitress's buffers.
+        sent = 0 if self.total_outbufs_len else self.send(data, do_close=False)
+        return sent + super().write_soon(data[sent:])
 
     def handle_read(self):
         request = self.request
@@ -1994,6 +2000,9 @@ class Server(waitress.server.TcpWSGIServer):
         while before < len(self.active_channels) and len(self._map) < self.adj.connection_limit:
             before = len(self.active_channels)
             super().handle_accept()
+
+    def pull_trigger(self):
+        """Do nothing: it would wake the loop, which is the one that responds."""
 
 
 class Loop:
@@ -2075,25 +2084,27 @@ class Loop:
                 channels.append(channel)
         if not channels:
             return
-        now = time.time()
-        self.date = f"Date: {build_http_date(now)}\r\n".encode()
+        requests = [channel.requests[0] for channel in channels]
+        self.date = f"Date: {build_http_date(time.time())}\r\n".encode()
         try:
             version = self.store.data_version()
             if version is None or version != self.cache_version or self.cache_size > MAX_CACHE:
                 self.cache = {}  # not cleared: a slow read may yet add to the old one
                 self.cache_size = 0
                 self.cache_version = version
+            for request in requests:
+                request.response = request.response or self.cache.get(request.raw)
             self.compute([channel for channel in channels if not channel.requests[0].response])
         except Exception as error:
             self.slow_reads.clear()
             problem = problem_for(error)
-            for channel in channels:
-                self.refuse(channel.requests[0], problem)
+            for request in requests:
+                self.refuse(request, problem)
+        stamp = db.timestamp()
         lines = []
-        for channel in channels:
-            request = channel.requests[0]
+        for channel, request in zip(channels, requests, strict=True):
             if request.response:
-                lines.append(self.access_line(now, channel, request, request.response))
+                lines.append(self.access_line(stamp, channel, request, request.response))
                 channel.service()
         while self.slow_reads:
             self.thread.add_task(self.slow_reads.pop(0))
@@ -2128,9 +2139,6 @@ class Loop:
     def respond(self, channel: Channel) -> None:
         """Compute the response to the first request of a channel, or let the thread do it."""
         request = channel.requests[0]
-        request.response = self.cache.get(request.raw)
-        if request.response:
-            return
         if not (request.headers_finished or request.error):
             request.received(request.raw)  # its response was in the cache of the turn before
         if request.error:
@@ -2149,7 +2157,7 @@ class Loop:
         if channel.connected and not request.response:
             self.call_app(request, environ, cache)
         self.ready.append(channel)
-        channel.server.pull_trigger()
+        channel.server.trigger.pull_trigger()
 
     def call_app(self, request: Request, environ: dict, cache: dict) -> None:
         started: list = []
@@ -2177,7 +2185,7 @@ class Loop:
         request.respond(problem.status_line, headers, body)
 
     def access_line(
-        self, now: float, channel: Channel, request: Request, response: Response
+        self, stamp: str, channel: Channel, request: Request, response: Response
     ) -> str:
         client = channel.addr[0]
         if self.trusted_proxy in ("*", client):
@@ -2188,10 +2196,11 @@ class Loop:
         method = path = "-"
         if not request.error:
             method, target, _ = request.raw.decode("latin-1").split(" ", 2)
-            path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
+            path = target.partition("?")[0]
+            if not (path.isascii() and path.isprintable()):
+                path = quote(path, safe=string.punctuation, encoding="latin-1")
         answer = f"{response.status} {len(response.body)}"
         milliseconds = (time.perf_counter() - channel.received_at) * 1000
-        stamp = db.format_time(int(now))
         return f"{stamp} {client} {method} {path} {answer} {milliseconds:.1f}\n"
 
     def check_each_second(self) -> None:
@@ -2217,7 +2226,7 @@ class Loop:
 
     def stop(self, number: int, frame) -> None:
         self.stopped_at = self.stopped_at or time.monotonic()
-        self.servers[0].pull_trigger()
+        self.servers[0].trigger.pull_trigger()
 
     def drain(self) -> bool:
         """Take no more requests; return whether some are under way, and there is time for them."""
