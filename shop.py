@@ -2266,23 +2266,7 @@ def allow_connections() -> int:
 
 # ----------------------------------------------------------------------------------- command line
 
-SETTINGS_HELP = """\
-Settings come from the environment, and from a file .env in the working directory:
-    DATABASE_URL   sqlite:///db.sqlite3; four slashes for an absolute path
-    HOST, PORT     where to listen: 127.0.0.1, 8000
-    URL_PREFIX     the path under which a proxy publishes the shop, such as /shop
-    TRUSTED_PROXY  the IP address of the proxy whose X-Forwarded-For the log shows, or *
-    ADMIN_TOKEN    what Authorization: Bearer must carry, except to read products and, without
-                   ORDER_TOKEN, to order; not set: everything is open to everyone
-    ORDER_TOKEN    what it must carry to place an order, if not ADMIN_TOKEN; needs ADMIN_TOKEN
-    ORDER_TIMEOUT  minutes after which a pending order is cancelled; not set: never
-    CORS_ORIGINS   origins of web pages that may call the shop, such as https://shop.example, or *
-    ACCESS_LOG     true: one line per request on standard output
-    DEBUG          false; true logs every SQL statement on standard error
-    READ_ONLY      false; true serves a copy that another process renews, and rejects writes
-    LITESTREAM     false; true leaves checkpoints to a Litestream that replicates the database
-"""
-COMMAND_LOCK_TIMEOUT = 4.5  # seconds that a command waits, for the file and again for its writes
+COMMAND_LOCK_TIMEOUT = 4.5  # seconds to wait for another process: once to open, once to write
 
 
 class Parser(argparse.ArgumentParser):
@@ -2293,8 +2277,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python shop.py", epilog=SETTINGS_HELP, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    epilog = "Settings come from the environment and from a file .env: see .env.example."
+    parser = Parser(prog="python shop.py", epilog=epilog, allow_abbrev=False)
     version = f"shop {VERSION}, Python {sys.version.split()[0]}, SQLite {db.SQLITE_VERSION}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")

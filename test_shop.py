@@ -3589,11 +3589,11 @@ def setting_names():
     return ["DATABASE_URL", *(field.name.upper() for field in fields if field.name != "database")]
 
 
-def test_help_lists_every_command_and_every_setting(tmp_path):
+def test_help_lists_every_command_and_says_where_settings_are_listed(tmp_path):
     help_ = Server(tmp_path).run("--help")
     assert help_.returncode == 0
     commands = ["serve", "backup", "check", "import", "export", "expire"]
-    for word in *commands, "--version", *setting_names():
+    for word in *commands, "--version", ".env.example":
         assert word in help_.stdout
     for command in commands:
         assert f"shop.py {command} " in Server(tmp_path).run(command, "--help").stdout
