@@ -2367,22 +2367,11 @@ def run_serve(settings: Settings, options: argparse.Namespace) -> int:
     host, port = loop.servers[0].effective_host, loop.servers[0].effective_port
     host = f"[{host}]" if ":" in host else host
     print(f"Serving http://{host}:{port}/ from {app.store.path}", flush=True)
-    print(describe_access(settings), flush=True)
+    if not settings.admin_token:
+        print("ADMIN_TOKEN is not set: everything is open to everyone.", flush=True)
     loop.run()
     app.close()
     return 0
-
-
-def describe_access(settings: Settings) -> str:
-    """What the start-up log says about access."""
-    if settings.read_only:
-        orders = "may be read by anyone" if not settings.admin_token else "need the token"
-        return f"READ_ONLY is set: only reading is open; orders {orders}."
-    if not settings.admin_token:
-        return "ADMIN_TOKEN is not set: anyone may read orders and change products."
-    if not settings.order_token:
-        return "ORDER_TOKEN is not set: anyone may place orders."
-    return "Orders and changes need a token."
 
 
 def run_backup(settings: Settings, options: argparse.Namespace) -> int:
