@@ -43,7 +43,6 @@ import re
 import resource
 import select
 import shlex
-import shutil
 import signal
 import socket
 import string
@@ -2578,25 +2577,13 @@ def run_export(settings: Settings, options: argparse.Namespace) -> int:
         names = {f"metadata.{name}" for product in products for name in product["metadata"]}
         columns = COLUMNS + sorted(names)
         rows = iter(products)
-    target: Any = 1
-    if options.file not in (None, "-"):
-        target = os.path.realpath(options.file) if os.path.isfile(options.file) else options.file
-    is_replaced = target != 1 and (os.path.isfile(target) or not os.path.lexists(target))
-    partial = f"{target}.partial-{os.getpid()}" if is_replaced else target
-    try:
-        with open(partial, "w", encoding="utf-8", newline="", closefd=target != 1) as file:
-            if is_replaced and os.path.isfile(target):
-                shutil.copymode(target, partial)
-            # Lines end as in RFC 4180. With a bare LF, Python before 3.13 does not quote a CR.
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(map(to_cells, rows))
-        if is_replaced:
-            os.replace(partial, target)
-    finally:
-        if is_replaced:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+    # Not sys.stdout, whose encoding is the terminal's.
+    target = 1 if options.file in (None, "-") else options.file
+    with open(target, "w", encoding="utf-8", newline="", closefd=target != 1) as file:
+        # Lines end as in RFC 4180. With a bare LF, Python before 3.13 does not quote a CR.
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(map(to_cells, rows))
     return 0
 
 
