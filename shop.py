@@ -1311,7 +1311,7 @@ ERRORS: dict[int, tuple[str, list[str]]] = {
     401: ("The token is missing or wrong.", ["WWW-Authenticate"]),
     404: ("There is no such product or order.", []),
     411: ("The length of the body is missing.", []),
-    412: ("If-Match does not hold.", []),
+    412: ("If-Match does not match.", []),
     413: ("The body is over 128 KiB.", []),
     415: ("The body is not declared as JSON, or is compressed.", ["Accept", "Accept-Encoding"]),
     417: ("Expect is not 100-continue.", []),
@@ -1320,8 +1320,8 @@ ERRORS: dict[int, tuple[str, list[str]]] = {
     503: ("The database is busy, full or unreachable; nothing was changed.", ["Retry-After"]),
 }
 TAGS = {
-    "products": "What is for sale, and how much of it is left.",
-    "orders": "Sales, with names and prices as of the sale.",
+    "products": "What is for sale, and how much is left.",
+    "orders": "Sales, with the names and prices of that time.",
     "service": "The index, this description, and the health check.",
 }
 # The shop's own keywords, as sentences.
@@ -1465,7 +1465,10 @@ def describe_success(route: bottle.Route, spec: Spec) -> dict:
         success["content"]["text/html"] = {"schema": STRING}
     responses = {str(spec.status): success}
     if spec.etag and route.method == "GET":
-        responses["304"] = {"description": "If-None-Match names the ETag.", "headers": headers}
+        responses["304"] = {
+            "description": "If-None-Match has the current ETag.",
+            "headers": headers,
+        }
     return responses
 
 
@@ -1483,8 +1486,10 @@ def describe_failures(route: bottle.Route, spec: Spec, needs_token: bool) -> dic
     if spec.conflicts:
         text = "The state of the product or order does not allow it."
         responses["409"] = describe_problem(text, [], *spec.conflicts)
-    kinds = [VALIDATION_FAILED] + [IDEMPOTENCY_KEY_REUSED] * (route.method == "POST")
-    responses["422"] = describe_problem("The request is not valid.", [], *kinds)
+    schemas = [VALIDATION_FAILED]
+    if route.method == "POST":
+        schemas.append(IDEMPOTENCY_KEY_REUSED)
+    responses["422"] = describe_problem("The request is not valid.", [], *schemas)
     return dict(sorted(responses.items()))
 
 
@@ -1573,7 +1578,7 @@ document.addEventListener("submit", (event) => {
 });
 </script>
 """
-# The page runs and loads nothing but the style and the script in it.
+# The page loads nothing, and runs nothing but its own script.
 STYLE_SOURCE, SCRIPT_SOURCE = (
     f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     for text in re.findall("<(?:style|script)>(.*?)</", PAGE, re.DOTALL)
@@ -1617,13 +1622,15 @@ def render_page(script_name: str, secured: frozenset[str]) -> str:
 
 
 def explain(field: dict) -> str:
-    """What a parameter or field may be: "required integer, 1 to 1,000. Items per page."""
+    """What a parameter or field can be, such as: required integer, 1 to 1,000. Items per page."""
     schema = field["schema"] | field
     text = " or ".join(schema.get("enum") or [schema.get("type", "any")])
-    for noun, unit in {"imum": "", "Length": " characters", "Items": " items"}.items():
-        if schema.get(f"max{noun}", ID["maximum"]) < ID["maximum"]:
-            text += f", {schema.get(f'min{noun}', 0):,} to {schema[f'max{noun}']:,}{unit}"
-    return f"{'required ' * field['required']}{text}. {schema.get('description', '')}"
+    for bound, unit in ("imum", ""), ("Length", " characters"), ("Items", " items"):
+        if schema.get(f"max{bound}", db.MAX_ID) < db.MAX_ID:
+            text += f", {schema.get(f'min{bound}', 0):,} to {schema[f'max{bound}']:,}{unit}"
+    if field["required"]:
+        text = f"required {text}"
+    return f"{text}. {schema.get('description', '')}"
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -2269,7 +2276,7 @@ COMMAND_LOCK_TIMEOUT = 4.5  # seconds to wait for another process: once to open,
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"shop: {' '.join(message.split())[:150]}; see {self.prog} --help\n")
@@ -2295,24 +2302,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     text = "copy the database to FILE while it is in use"
     command = add_command("backup", run_backup, text, "FILE [--overwrite]")
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    add_command("check", run_check, "check FILE, or else the shop's own database", "[FILE]")
-    text = "add and change products from a spreadsheet, or from standard input (-)"
+    add_command("check", run_check, "check FILE, or the database of DATABASE_URL", "[FILE]")
+    text = "add and change products from a CSV file, or from standard input (-)"
     command = add_command("import", run_import, text, "FILE.csv [--stock]")
-    command.add_argument("--stock", action="store_true", help="set the stock of products as well")
-    text = "write all products as import reads them, or a row for each line of the orders"
+    command.add_argument("--stock", action="store_true", help="also set existing products' stock")
+    text = "write all products for import, or all lines of orders, to FILE.csv or standard output"
     usage = "[--orders] [FILE.csv] [--from DAY] [--to DAY]"
     command = add_command("export", run_export, text, usage)
-    command.add_argument("--orders", action="store_true", help="write orders, not products")
+    command.add_argument("--orders", action="store_true", help="write a row for each order line")
     for option, name in ("--from", "first_day"), ("--to", "last_day"):
-        command.add_argument(option, dest=name, type=day, metavar="DAY", help="YYYY-MM-DD, in UTC")
+        command.add_argument(option, dest=name, type=day, metavar="DAY", help="YYYY-MM-DD (UTC)")
     add_command("expire", run_expire, "cancel pending orders older than ORDER_TIMEOUT")
 
     options = parser.parse_args(arguments)
     command = commands.choices[options.command]
     file = getattr(options, "file", None)
-    if file and re.match("-.", file):  # argparse takes -1 and "-x y" for files
+    if file and re.match("-.", file):  # argparse takes -1 and "-x y" as files
         command.error(f"unrecognized arguments: {file}")
-    # Not left to argparse, which would report a missing file before an unknown option.
+    # argparse would report a missing file rather than an unknown option.
     if options.command in ("backup", "import") and file is None:
         command.error(f"{options.command} needs a file")
     has_days = options.command == "export" and (options.first_day or options.last_day)
@@ -2322,7 +2329,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def day(text: str) -> str:
-    """A day as YYYY-MM-DD. Raises ValueError."""
+    """A day written as YYYY-MM-DD. Raises ValueError."""
     if datetime.date.fromisoformat(text).isoformat() != text:
         raise ValueError
     return text
@@ -2330,7 +2337,7 @@ def day(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run a command; return the exit status."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who starts it
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     options = parse_arguments(arguments)
     try:
@@ -2344,7 +2351,7 @@ def main(arguments: list[str]) -> int:
             raise
         lines = [f"{options.file or 'standard output'}: {error.strerror}."]
     except (SpreadsheetError, db.NotFound, db.DuplicateSku, db.ExcessiveMetadata) as error:
-        # One of db.py: somebody has changed a product since the rows were checked.
+        # Those of db.py: somebody has changed a product since the rows were checked.
         lines = [f"{options.file}: {fault}" for fault in error.args]
         lines[-1] += " Nothing has been imported."
     except (ConfigError, db.DatabaseError, db.DatabaseUnavailable) as error:
@@ -2355,7 +2362,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_serve(settings: Settings, options: argparse.Namespace) -> int:
-    # The loop waits for the lock itself, and serves reads meanwhile.
+    # The loop itself waits for the lock, and serves reads meanwhile.
     app = open_application(settings, lock_timeout=0)
     try:
         loop = Loop(app, settings)
@@ -2406,7 +2413,7 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-# Spreadsheets: tables with a header line, as spreadsheet programs of any country save them.
+# Spreadsheets: tables with a header line, as spreadsheet programs save them in any country.
 
 COLUMNS = ["id", "sku", *(name for name in PRODUCT_FIELDS if name not in ("sku", "metadata"))]
 COLUMN = re.compile(rf"{'|'.join(COLUMNS)}|metadata\.[A-Za-z0-9_-]{{1,40}}")
@@ -2415,14 +2422,14 @@ ORDER_COLUMNS += ["product_id", "sku", "name", "price", "quantity", "amount"]
 
 
 class SpreadsheetError(Exception):
-    """A spreadsheet cannot be imported; each argument is one reason."""
+    """A spreadsheet cannot be imported; each argument is one error."""
 
 
 def run_import(settings: Settings, options: argparse.Namespace) -> int:
     with open(0 if options.file == "-" else options.file, "rb") as file:
         data = file.read()
     with contextlib.closing(open_store(settings, COMMAND_LOCK_TIMEOUT)) as store:
-        # Every row is checked first, so that only the writing holds the lock.
+        # Every row is checked first: the lock is held only while writing.
         rows, differing = read_rows(data, store, options.stock)
         added, changed, unchanged = store.import_products(rows)
     if differing:
@@ -2433,9 +2440,9 @@ def run_import(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row with a value: the number of its first line, and its cells by column.
+    """Each row that is not empty: the number of its first line, and its cells by column.
 
-    The value of a column without a name is under "". Raises SpreadsheetError.
+    A value in a column without a name has the key "". Raises SpreadsheetError.
     """
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     columns: list[str] = []
@@ -2443,30 +2450,30 @@ def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         text = data.decode(encoding)
         lines = io.StringIO(text, newline="")
-        first = next((line for line in lines if re.search(r'[^\s,;"]', line)), "")
+        first = next((row for row in lines if re.search(r'[^\s,;"]', row)), "")
         if first.lstrip().startswith(("PK\3\4", "<")) or "\0" in first:
             raise UnicodeError  # a ZIP file, HTML or XML, or UTF-16 without a byte order mark
         hint = re.fullmatch(r'[\s"]*sep=([,;\t])[\s,;"]*', first, re.IGNORECASE)
         separator = hint[1] if hint else max(",;\t", key=first.count)
-        text = re.sub(rf'(?<!")" +(?=[{separator}\r\n]|\Z)', '"', text)  # blanks behind a quote
+        text = re.sub(rf'(?<!")" +(?=[{separator}\r\n]|\Z)', '"', text)  # blanks after a quote
         source = io.StringIO(text, newline="")
-        # Strict, because a quote without end would swallow the rest.
+        # Strict, because otherwise a quote that is never closed takes in the rest of the file.
         reader = csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True)
         for cells in reader:
             cells = [cell.strip() for cell in cells]
-            pairs = itertools.zip_longest(columns, cells, fillvalue="")
-            if any(cells) and columns:
+            if columns and any(cells):
+                pairs = itertools.zip_longest(columns, cells, fillvalue="")
                 yield line, dict(pair for pair in pairs if any(pair))
-            elif any(cells) and hint:
-                hint = None  # this row was sep=
+            elif hint and any(cells):
+                hint = None  # this row is sep=
             elif any(cells):
                 columns = read_header(cells, line)
             line = reader.line_num + 1
     except csv.Error as error:
         raise SpreadsheetError(f"line {line}: {error}; the rest has not been checked.") from error
     except UnicodeError as error:
-        kinds = "this is a workbook, a web page, or text whose encoding is not UTF-8"
-        raise SpreadsheetError(f"{kinds}: save the table as CSV UTF-8.") from error
+        kind = "this is a workbook, a web page or text in another encoding"
+        raise SpreadsheetError(f"{kind}: save it as CSV UTF-8.") from error
     if not columns:
         raise SpreadsheetError("there is no header line.")
 
@@ -2477,21 +2484,21 @@ def read_header(cells: list[str], line: int) -> list[str]:
         kind, dot, name = cell.partition(".")
         column = kind.lower() + dot + name
         if column and (not COLUMN.fullmatch(column) or column in columns):
-            wanted = f"the header must name columns out of {','.join(COLUMNS)} and metadata.NAME"
-            raise SpreadsheetError(f"line {line}: {wanted}, each once, not {shown(cell)}.")
+            known = f"{', '.join(COLUMNS)} and metadata.NAME, each once"
+            raise SpreadsheetError(f"line {line}: the header can name {known}, not {shown(cell)}.")
         columns.append(column)
     return columns
 
 
 def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict], int]:
-    """The rows for import_products(), and how many have another stock but must not change it.
+    """The rows for import_products(), and in how many the stock differs but is not to be set.
 
-    Raises SpreadsheetError with the faults of all lines.
+    Raises SpreadsheetError with the errors of all lines.
     """
     by_id = {str(product["id"]): product for product in store.export_products()}
     by_sku = {product["sku"]: product for product in by_id.values() if product["sku"]}
-    skus = set(by_sku)  # after the rows so far
-    lines: dict[int, int] = {}  # where each product is
+    skus = set(by_sku)  # those in use after the rows so far
+    lines: dict[int, int] = {}  # the line of each product
     validators = compile_schema(NEW_PRODUCT), compile_schema(PRODUCT_UPDATE)
     rows = []
     errors: list[str] = []
@@ -2504,18 +2511,18 @@ def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict
                 product = by_id.get(id_text.lstrip("0"))
             row, faults = read_row(cells, product, validators[bool(id_text or product)])
             if id_text and not product:
-                faults.append(f"there is no product with the id {shown(id_text)}")
+                faults.append(f"there is no product with id {shown(id_text)}")
             if product and "sku" in row:
                 skus.discard(product["sku"])
             if row.get("sku"):
                 if row["sku"] in skus:
-                    faults.append(f"another product or row has the sku {shown(row['sku'])}")
+                    faults.append(f"another product or row has sku {shown(row['sku'])}")
                 skus.add(row["sku"])
             if product:
                 row["id"] = product["id"]
                 first = lines.setdefault(product["id"], line)
                 if first != line:
-                    faults.append(f"line {first} is for product {product['id']} as well")
+                    faults.append(f"line {first} also changes product {product['id']}")
                 if not with_stock:
                     differing += row.pop("stock", product["stock"]) != product["stock"]
             rows.append(row)
@@ -2530,7 +2537,7 @@ def read_rows(data: bytes, store: db.Store, with_stock: bool) -> tuple[list[dict
 
 
 def read_row(cells: dict, product: dict | None, validator: Validator) -> tuple[dict, list[str]]:
-    """The fields that a row gives to a new product, or changes in this one; and its faults."""
+    """The fields of a new product, or those to change in this one; and what is wrong with them."""
     exported = to_cells(product) if product else {}
     fields: dict[str, Any] = {}
     for column, cell in cells.items():
@@ -2561,7 +2568,7 @@ def read_row(cells: dict, product: dict | None, validator: Validator) -> tuple[d
 
 
 def read_number(text: str) -> Decimal | str:
-    """A number for the validator. It rejects a text: 1,299 would have to be guessed."""
+    """The number, or else the text for the validator to reject: 1,299 could be two numbers."""
     if re.fullmatch(r"-?[0-9]+([.,][0-9]{1,2})?", text):
         return Decimal(text.replace(",", "."))
     return text
@@ -2588,7 +2595,7 @@ def run_export(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def to_cells(item: dict) -> dict[str, Any]:
-    """A product, or a line of an order, by the columns of a spreadsheet."""
+    """The cells, by column, of a product or a line of an order."""
     cells = item | {f"metadata.{name}": text for name, text in item.get("metadata", {}).items()}
     if "quantity" in item:
         cells["amount"] = item["price"] * item["quantity"]

@@ -3594,7 +3594,7 @@ def test_help_lists_every_command_and_says_where_settings_are_listed(tmp_path):
     for word in *commands, "--version", ".env.example":
         assert word in help_.stdout
     for command in commands:
-        assert f"shop.py {command} " in Server(tmp_path).run(command, "--help").stdout
+        assert f"usage: python shop.py {command} " in Server(tmp_path).run(command, "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -6703,8 +6703,8 @@ def test_import_reads_columns_in_any_order_and_what_spreadsheets_write(
 )
 def test_a_file_without_the_header_line_is_refused(shop, mug, import_csv, text, name):
     before = rows_of(shop)
-    columns = "id,sku,name,description,price,stock and metadata.NAME, each once"
-    wanted = f"line 1: the header must name columns out of {columns}, not '{name}'."
+    columns = "id, sku, name, description, price, stock and metadata.NAME, each once"
+    wanted = f"line 1: the header can name {columns}, not '{name}'."
     assert import_csv(text) == refused(wanted)
     assert rows_of(shop) == before
 
@@ -6737,8 +6737,8 @@ def test_a_file_that_is_no_such_text_is_refused_in_one_line_with_the_remedy(
     shop, mug, import_csv, data
 ):
     before = rows_of(shop)
-    kinds = "this is a workbook, a web page, or text whose encoding is not UTF-8"
-    assert import_csv(data) == refused(f"{kinds}: save the table as CSV UTF-8.")
+    kind = "this is a workbook, a web page or text in another encoding"
+    assert import_csv(data) == refused(f"{kind}: save it as CSV UTF-8.")
     assert rows_of(shop) == before
 
 
@@ -6759,10 +6759,10 @@ def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(shop, 
         ",a,,1,1,,b,\n"
         ",a,,1,1,,,\n"
     )
-    unknown = "there is no product with the id"
+    unknown = "there is no product with id"
     assert import_csv(text) == refused(
         f"line 7: {unknown} '7'.",
-        "line 9: line 6 is for product 1 as well.",
+        "line 9: line 6 also changes product 1.",
         f"line 10: price must be 0 to {shop_module.PRICE['maximum']}: '-1'.",
         f"line 10: {unknown} 'x'.",
         f"line 11: {unknown} '1_0'.",
@@ -7022,18 +7022,18 @@ def test_two_rows_for_one_product_or_one_new_sku_are_refused(shop, import_csv):
         shop.product(sku=sku)
     before = products_of(shop)
     for text, fault in [
-        ("id,sku\n1,A\n,A\n", "line 3: line 2 is for product 1 as well"),
-        ("id,sku\n1,\n,A\n", "line 3: line 2 is for product 1 as well"),
-        ("sku,stock\nA,5\nA,5\n", "line 3: line 2 is for product 1 as well"),
-        ("id,stock\n2,5\n02,5\n", "line 3: line 2 is for product 2 as well"),
-        ("id,sku\n1,B\n", "line 2: another product or row has the sku 'B'"),
-        ("id,sku\n1,N\n2,N\n", "line 3: another product or row has the sku 'N'"),
-        ("id,sku\n1,B\n2,A\n", "line 2: another product or row has the sku 'B'"),
+        ("id,sku\n1,A\n,A\n", "line 3: line 2 also changes product 1"),
+        ("id,sku\n1,\n,A\n", "line 3: line 2 also changes product 1"),
+        ("sku,stock\nA,5\nA,5\n", "line 3: line 2 also changes product 1"),
+        ("id,stock\n2,5\n02,5\n", "line 3: line 2 also changes product 2"),
+        ("id,sku\n1,B\n", "line 2: another product or row has sku 'B'"),
+        ("id,sku\n1,N\n2,N\n", "line 3: another product or row has sku 'N'"),
+        ("id,sku\n1,B\n2,A\n", "line 2: another product or row has sku 'B'"),
     ]:
         assert import_csv(text)[2] == refused(f"{fault}.")[2], text
         assert products_of(shop) == before
     new = "sku,name,price\nN,x,1\nn,x,1\nN,x,1\n"
-    assert import_csv(new) == refused("line 4: another product or row has the sku 'N'.")
+    assert import_csv(new) == refused("line 4: another product or row has sku 'N'.")
     assert products_of(shop) == before
     # In the order of the rows, a sku that a product gives up is free for the next.
     assert import_csv("id,sku\n1,\n2,A\n3,B\n") == imported(0, 3)
