@@ -1031,14 +1031,14 @@ def create_app(
     litestream: bool = False,
     lock_timeout: float = 5.0,
 ) -> Application:
-    """Make the WSGI application, for any WSGI server with threads, or to be mounted in a program.
+    """Make the WSGI application, to be served with threads or mounted in another application.
 
-    database_url: such as sqlite:///db.sqlite3. If None, it and every other setting that is not
-    given come from the environment. admin_token: the token for changing products and for orders;
-    None leaves the shop open to everyone. order_token: the token for placing orders; None lets
-    everyone place them. debug: log every SQL statement. cors_origins: the origins of pages that may
-    call the shop. read_only: serve a copy that another process renews. litestream: leave
-    checkpoints to Litestream. lock_timeout: seconds that a write waits for another process.
+    database_url: such as sqlite:///db.sqlite3; if None, it and all other settings that are not
+    passed come from the environment. admin_token: the token for changing products and orders; if
+    None, everything is open to everyone. order_token: the token for placing orders; if None, anyone
+    can order. debug: log every SQL statement. cors_origins: origins whose pages may call the shop.
+    read_only: serve a database that another process updates. litestream: leave checkpoints to
+    Litestream. lock_timeout: seconds that a write waits for another process.
     Raises ConfigError for an unusable setting, db.DatabaseError for an unusable database.
     """
     given = {
@@ -1060,7 +1060,7 @@ def open_application(settings: "Settings", lock_timeout: float) -> Application:
     return Application(store, settings.admin_token, settings.order_token, settings.cors_origins)
 
 
-def open_store(settings: "Settings", lock_timeout: float, checkpoints=False) -> db.Store:
+def open_store(settings: "Settings", lock_timeout: float, checkpoints: bool = False) -> db.Store:
     try:
         return db.Store(
             settings.database,
@@ -1637,11 +1637,11 @@ def explain(field: dict) -> str:
 
 
 class ConfigError(Exception):
-    """A setting is unusable."""
+    """A setting cannot be used."""
 
 
 def shown(value: str) -> str:
-    """A value as a message shows it: at most 100 characters."""
+    """The value, quoted for a message and cut to 100 characters."""
     text = repr(value[:101])
     return text if len(text) <= 100 else text[:99] + "…"
 
@@ -1650,20 +1650,19 @@ def read_database_url(name: str, url: str) -> str:
     path = url.removeprefix("sqlite:///")
     wanted = f"{name} must be sqlite:///FILE, or sqlite:////FILE for an absolute path"
     if path == url:
-        # Nothing else is shown: the URL of another database may hold a password.
+        # Only the scheme is shown: the URL of another database may have a password.
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", url)
         raise ConfigError(f"{wanted}{f', not {shown(scheme[0])}' if scheme else ''}.")
     if path in ("", ":memory:") or re.search(r"[?#\0]", path):
         raise ConfigError(f"{wanted}, without ? and #, not {shown(url)}.")
     if os.path.isdir(path):
-        raise ConfigError(f"{name} names a directory, {shown(path)}: it must be a file.")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{name} names a folder that does not exist: {shown(folder)}.")
+        raise ConfigError(f"{name} must be a file, not the directory {shown(path)}.")
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
+        raise ConfigError(f"{name}: there is no directory {shown(directory)}.")
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass  # db.py creates it
+        with contextlib.suppress(FileNotFoundError):  # db.py creates it
+            os.lstat(path)
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}: {shown(path)}.") from error
     return path
@@ -1683,8 +1682,8 @@ def read_token(name: str, token: str) -> str:
 
 def read_url_prefix(name: str, text: str) -> str:
     if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*/?", text):
-        rule = "a path such as /shop, of letters, digits and ._~- between slashes"
-        raise ConfigError(f"{name} must be {rule}, not {shown(text)}.")
+        example = "/shop, with only letters, digits and ._~- between slashes"
+        raise ConfigError(f"{name} must be a path such as {example}, not {shown(text)}.")
     return text.removesuffix("/")
 
 
@@ -1709,12 +1708,12 @@ def read_origins(name: str, text: str) -> frozenset[str]:
 def normalize_origin(text: str) -> str:
     """An origin as browsers send it. Raises ValueError if no browser sends it.
 
-    Python's codec follows IDNA 2003, browsers follow UTS 46. So that both make the same host of it,
-    a host must not need more than lower case, composed letters and Punycode.
+    Python's codec implements IDNA 2003, browsers UTS 46. They agree on the hosts accepted here, for
+    which lower case, composed letters (NFC) and Punycode are enough.
     """
     parts = urlsplit(text)
     origin = f"{parts.scheme}://{parts.netloc}"
-    # Browsers drop variation selectors, the last ones here; the codec only those of Unicode 3.2.
+    # The characters at the end are variation selectors newer than the codec, which browsers drop.
     never = "^(file|wss?):|@|:$|[\u180f\U000e0100-\U000e01ef]"
     host = unicodedata.normalize("NFC", parts.hostname or "")
     folded = unicodedata.normalize("NFKC", host.casefold())
@@ -1725,7 +1724,7 @@ def normalize_origin(text: str) -> str:
     if not is_same or not re.fullmatch(r"\[[0-9a-f:]+\]|[a-z0-9_.-]*[a-z0-9_-]\.?", encoded):
         raise ValueError
     if re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", encoded):
-        ipaddress.IPv4Address(encoded)  # browsers turn any other number into an address
+        ipaddress.IPv4Address(encoded)  # browsers rewrite other numbers
     default_port = {"http": 80, "https": 443}.get(parts.scheme)
     port = "" if parts.port in (None, default_port) else f":{parts.port}"
     return f"{parts.scheme}://{encoded}{port}"
@@ -1750,7 +1749,7 @@ def setting(read: Callable[[str, str], Any], default: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a shop: how each is read, and its default."""
+    """The settings of a shop, with the function that reads each and its default."""
 
     database: str = setting(read_database_url, "db.sqlite3")  # a path
     admin_token: str | None = setting(read_token)
@@ -1768,19 +1767,19 @@ class Settings:
 
 
 def read_settings(environ: dict[str, str], **given: Any) -> Settings:
-    """The settings: those given, and the others from an environment, where empty means not set."""
+    """The settings given, and the others from an environment, where empty means not set."""
     for field in dataclasses.fields(Settings):
         name = "DATABASE_URL" if field.name == "database" else field.name.upper()
         if environ.get(name) and field.name not in given:
             given[field.name] = field.metadata["read"](name, environ[name])
     settings = Settings(**given)
     if settings.order_token and not settings.admin_token:
-        raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without it everything is open anyway.")
+        raise ConfigError("ORDER_TOKEN needs ADMIN_TOKEN: without that, everything is open.")
     return settings
 
 
-# A line that docker compose, systemd and a shell read alike: hence no ~ or { where a shell expands
-# it, and no backslash before a closing quote or at the end of the line.
+# A line that docker compose, systemd and a shell read alike: without a ~ or { that a shell expands,
+# and without a backslash before a closing quote or at the end of the line.
 ENV_LINE = re.compile(
     r"""
     (?! .* (?: [\r\0\ud800-\udfff] | \\ \Z ) )
@@ -1797,7 +1796,7 @@ ENV_LINE = re.compile(
 
 
 def read_environment() -> dict[str, str]:
-    """The environment, completed from a file .env in the working directory."""
+    """The environment, and what it does not set from a file .env in the working directory."""
     try:
         with open(".env", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = file.read().split("\n")

@@ -3118,8 +3118,11 @@ UNUSABLE_SETTINGS = [
     ({"URL_PREFIX": "https://shop.example/"}, "URL_PREFIX"),
     ({"ADMIN_TOKEN": "x", "ORDER_TOKEN": "s3cret é"}, "ORDER_TOKEN"),
     ({"ORDER_TOKEN": "x"}, "ORDER_TOKEN needs ADMIN_TOKEN"),
-    ({"DATABASE_URL": "sqlite:///none/such/db.sqlite3"}, "DATABASE_URL names a folder that"),
-    ({"DATABASE_URL": "sqlite:///."}, "DATABASE_URL names a directory"),
+    (
+        {"DATABASE_URL": "sqlite:///none/such/db.sqlite3"},
+        "DATABASE_URL: there is no directory 'none/such'",
+    ),
+    ({"DATABASE_URL": "sqlite:///."}, "DATABASE_URL must be a file, not the directory"),
     ({"DATABASE_URL": "sqlite:///text"}, "DATABASE_URL: .*not a database"),
     ({"DATABASE_URL": "sqlite:///foreign"}, "DATABASE_URL: .*another program"),
     ({"DATABASE_URL": "sqlite:///short"}, "DATABASE_URL: .*damaged"),
