@@ -9,12 +9,12 @@ ENV PYTHONUNBUFFERED=1 \
 
 WORKDIR /app
 
-# Requirements change less often than sources: their layer comes from the cache.
+# A layer of its own, which stays in the build cache when only the sources change.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
 
 COPY . ./
-# Compile now, because /app is read-only at run time. A new volume takes the owner of its mount point.
+# Compile now, because /app is read-only at run time. A new volume gets the owner of its mount point.
 RUN python -m compileall -q . && install -d -o 10001 -g 10001 /data /replica
 
 USER 10001:10001
