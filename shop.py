@@ -5,18 +5,18 @@ This file is HTTP: schemas, routes, the application, the server, the command lin
 statement is in db.py, the tables are in schema.sql.
 
     python shop.py                 serve on http://127.0.0.1:8000
-    python shop.py --help          what else it does
+    python shop.py --help          list the other commands
 
     app = shop.create_app("sqlite:///db.sqlite3")   a WSGI application for any server
 
-A request from socket to SQL:
+The way of a request from the socket to SQL:
 
-    1 Channel.handle_read          its bytes come in and are parsed
-    2 Loop.take_turn               it is answered with all that have come in meanwhile
-    3 Application.__call__         Bottle finds its route
-    4 Plugin.apply                 it is authorized, read and validated
-    5 create_order, for instance   its route: read, call, answer
-    6 Store.create_order           SQL
+    1 Channel.handle_read          its bytes are received and parsed
+    2 Loop.take_turn               all requests that have arrived share a turn, and a commit
+    3 Application.__call__         Bottle finds the route
+    4 Plugin.apply                 the request is authorized, read and validated
+    5 create_order, for instance   the route calls the Store and makes the response
+    6 Store.create_order           the SQL runs
 """
 
 import argparse
@@ -72,28 +72,28 @@ from waitress.utilities import BadRequest, build_http_date
 import db
 
 VERSION = "1.0.0"
-MAX_BODY = 128 << 10  # bytes; only texts that are nearly all as long as they may be need more
-MAX_ERRORS = 300  # of one response: what 100 lines of an order can have
-MAX_PARAMETERS = 20  # of a query
-TOO_LARGE = f"The body may have {MAX_BODY} bytes."
+MAX_BODY = 128 << 10  # bytes: more than a valid body has, unless nearly all its texts are longest
+MAX_ERRORS = 300  # in one response: as many as an order of 100 lines can have
+MAX_PARAMETERS = 20  # in a query
+TOO_LARGE = f"The body may have at most {MAX_BODY} bytes."
 
 
 # ---------------------------------------------------------------------------------------- schemas
-# What a valid request and response is, as JSON Schema: validation, its messages and /openapi.json
-# read it. Four keywords are the shop's own: `decimals` are the digits that a number may have after
-# the point (such a number is validated into whole hundredths), `unique_by` names the field in which
-# the items of an array must differ, `default` tells readers what an absent field means, `message`
-# is the error for a pattern that does not match.
+# What a valid request or response is, as JSON Schema: validation, its messages and /openapi.json
+# are made from it. Three keywords are the shop's own: `decimals` is how many digits a number may
+# have after the point (validation turns 9.99 into 999), `unique_by` names the field in which the
+# items of an array must differ, `message` is the error for a value that does not match `pattern`.
+# `default` only documents what an absent field or parameter means.
 
 
 def object_schema(required: str | None = None, /, **properties: dict) -> dict:
-    """An object with these properties; `required` names those that it must have, None means all."""
+    """An object with these properties; `required` names the mandatory ones, None means all."""
     names = list(properties) if required is None else required.split()
     return {"type": "object", "properties": properties, "required": names}
 
 
 def body_schema(defaults: dict, /, **properties: dict) -> dict:
-    """The body of a request, closed so that a typo is an error; what has no default is required."""
+    """The body of a request: a field without a default is required, an unknown one an error."""
     required = [name for name in properties if name not in defaults]
     for name, default in defaults.items():
         properties[name] = properties[name] | {"default": default}
@@ -132,11 +132,11 @@ REFERENCE = TEXT | {
     "maxLength": 200,
     "description": "The caller's own text: a cart, a customer, a payment. It need not be unique.",
 }
-EDGE = rf"[^\u0000-\u001f\u007f-\u009f{WHITE_SPACE}]"  # what a sku begins and ends with
+EDGE = rf"[^\u0000-\u001f\u007f-\u009f{WHITE_SPACE}]"  # the first and last character of a sku
 SKU = {
     "type": "string",
     "maxLength": 64,
-    "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?(?!\n)$",  # Python's $ allows a line feed behind
+    "pattern": rf"^({EDGE}([^\u0000]*{EDGE})?)?(?!\n)$",  # Python's $ allows a line feed after it
     "message": "must have no NUL, and no white space or control characters at its ends",
     "description": "The shop's own article number, unique where it is not empty.",
 }
@@ -148,18 +148,18 @@ METADATA: dict = {
         "message": "must be a name of 1 to 40 letters, digits, _ or -",
     },
     "maxProperties": db.MAX_METADATA,
-    "description": "Whatever else the caller keeps with it: short texts by name.",
+    "description": "Further data of the caller's own, as short texts by name.",
 }
 METADATA_PATCH = {
     "type": "object",
     "additionalProperties": METADATA["additionalProperties"] | {"type": ["string", "null"]},
     "propertyNames": METADATA["propertyNames"],
-    "description": "Merged with the metadata that is there; null removes an entry.",
+    "description": "Merged into the existing metadata; null removes an entry.",
 }
 STATUS = STRING | {"enum": ["pending", "completed", "cancelled"]}
 NEW_STATUS = STRING | {"enum": ["completed", "cancelled"]}
 TIME = STRING | {"format": "date-time", "pattern": "Z$"}
-NEXT = {"type": ["string", "null"], "description": "The URL of the next page, if there is one."}
+NEXT = {"type": ["string", "null"], "description": "The URL of the next page, or null."}
 
 PRODUCT_FIELDS: dict[str, dict] = {
     "name": NAME,
@@ -216,7 +216,7 @@ SHORTAGE = object_schema(product_id=ID, requested=STOCK, available=STOCK)
 
 
 def problem_schema(kind: str, /, **members: dict) -> dict:
-    """Problem details; their type is constant, so that each matches only one schema."""
+    """Problem details of one type; it is constant, so that each problem matches one schema only."""
     status = {"type": "integer"}
     return object_schema(
         type=STRING | {"const": kind}, title=STRING, status=status, detail=STRING, **members
@@ -252,7 +252,7 @@ PAGING: dict[str, dict] = {
 }
 
 NO_QUERY = object_schema()
-ANY_QUERY = object_schema()  # ignored: a monitor adds one to every request
+ANY_QUERY = object_schema()  # ignored, because monitors may add one to their requests
 PRODUCT_QUERY = object_schema(
     "",
     q=TEXT | {"description": "Words in name or description, ignoring case and accents."},
@@ -275,30 +275,30 @@ ORDER_QUERY = object_schema(
 
 
 # ----------------------------------------------------------------------------------------- routes
-# A route takes by name what it needs: store, query, body, if_match, secured, the ids in its path.
-# The plugin of part 3 reads and validates them as the route's Spec says, and passes them.
+# The parameters of a route name what it needs: store, query, body, if_match, secured (which kinds
+# of access need a token), the ids in its path. The Plugin reads them as the route's Spec says.
 
 JSON = "application/json"
 
 
 class Spec(NamedTuple):
-    """All that the plugin, the server and the documentation know about a route."""
+    """All that the Plugin, the server and the documentation know about a route."""
 
     response: dict | None  # schema of the response's body
     status: int = 200  # of a success
     body: dict | None = None  # schema of the request's body
     query: dict = NO_QUERY
     media_types: tuple = (JSON,)  # accepted for the body
-    access: str = "admin"  # whose token it needs, if that is set: admin, order, or nobody
+    access: str = "admin"  # whose token it needs, if one is set: admin, order or nobody
     etag: bool = False  # a success has an ETag
     if_match: bool = False  # If-Match guards the change
     conflicts: tuple = ()  # schemas of its 409s
     slow: bool = False  # may take long: the server runs it in another thread
-    html: bool = False  # browsers get a page instead
-    database: bool = True  # uses the database, which may be unavailable: 503
+    html: bool = False  # browsers get a page in place of JSON
+    database: bool = True  # uses the database, and is a 503 while that is unavailable
 
 
-# What the Specs of all changes of an item by PATCH have in common.
+# What the Specs of all PATCH routes have in common.
 PATCH: dict[str, Any] = {
     "media_types": (JSON, "application/merge-patch+json"),
     "etag": True,
@@ -307,13 +307,13 @@ PATCH: dict[str, Any] = {
 
 
 def new_bottle() -> bottle.Bottle:
-    """A Bottle whose rules know <name:id>, an id as SQLite can hold it."""
+    """A Bottle whose rules may contain <name:id>: digits that fit into an integer of SQLite."""
     app = bottle.Bottle()
     app.router.add_filter("id", lambda config: (r"[0-9]{1,18}", int, str))
     return app
 
 
-api = new_bottle()  # only declares the routes: create_app() serves them
+api = new_bottle()  # holds declarations only: each Application copies them into its own Bottle
 
 INDEX = {
     "products": "/products/",
@@ -326,7 +326,7 @@ INDEX_SCHEMA = object_schema(**dict.fromkeys(INDEX, STRING))
 
 @api.get("/", spec=Spec(INDEX_SCHEMA, access="nobody", html=True, database=False))
 def get_index(secured):
-    """List the paths; a browser gets a page about them."""
+    """List the paths; a browser gets a page that documents them."""
     bottle.response["Vary"] = "Accept"
     if not prefers_html(bottle.request.environ.get("HTTP_ACCEPT", "")):
         return json_response({name: mount_point() + path for name, path in INDEX.items()})
@@ -355,7 +355,7 @@ def get_openapi(secured):
 def list_products(store, query):
     """List the products, all of them or a page.
 
-    With limit, next and the Link header give the URL of the next page.
+    If limit is given, the URL of the next page is in next and in the Link header.
     """
     products, next_after = store.list_products_json(**query)
     return page_response("/products/", "products", f"[{products}]", query, next_after)
@@ -432,7 +432,7 @@ def list_orders(store, query):
 def create_order(store, body):
     """Place an order: the stock of every line is deducted, or nothing is.
 
-    Name, price and sku are copied: later edits of the product do not touch the order.
+    Name, price and sku are copied: later changes of the product do not affect the order.
     """
     order = store.create_order(**body)
     location = f"{mount_point()}/orders/{order['id']}/"
@@ -452,23 +452,24 @@ def get_order(store, order_id):
 def update_order(store, order_id, body, if_match):
     """Complete an order, or cancel it and put its stock back; change its reference or metadata.
 
-    A completed order can be cancelled too: its goods come back. A cancelled one stays so.
+    A completed order can be cancelled too, when its goods come back. A cancelled order stays
+    cancelled.
     """
     return order_response(store.update_order(order_id, if_match=if_match, **body))
 
 
-# Responses: each function sets status and headers in bottle.response and returns the body.
+# Responses: each function sets the status and headers of bottle.response and returns the body.
 
 json_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def to_json(value) -> bytes:
-    # Only a problem can contain an unpaired surrogate: in the name of an unknown field.
+    # Only a problem can contain an unpaired surrogate, in the name of an unknown field.
     return (json_encode(value) + "\n").encode("utf-8", "replace")
 
 
 def json_response(value, status: int = 200, etag: str | None = None, /, **headers: str) -> bytes:
-    """A success: its body is the value as JSON, or JSON that is bytes already."""
+    """A success. Its body is the value as JSON; a value of bytes is JSON already."""
     response = bottle.response
     response.status = status
     response["Content-Type"] = JSON
@@ -518,7 +519,7 @@ def order_response(order: dict) -> bytes:
 
 
 def page_response(path: str, name: str, items: str, query: dict, next_after: int | None) -> bytes:
-    """A page of a collection: the JSON text of its items, and the URL of the next page."""
+    """A page of a collection, from the JSON text of its items and where the next page begins."""
     url = None
     headers = {}
     if next_after:
@@ -534,14 +535,14 @@ def page_response(path: str, name: str, items: str, query: dict, next_after: int
 
 
 def mount_point() -> str:
-    """The path under which a larger program has mounted the shop, without a last slash."""
+    """The path under which the shop is mounted or published, without a last slash."""
     script_name = bottle.request.environ.get("SCRIPT_NAME", "")
     return quote(script_name.rstrip("/"), encoding="latin-1", errors="replace")
 
 
 # ------------------------------------------------------------------------------------ application
 
-# As RFC 9110 has them: http.client's differ from one Python to the next.
+# RFC 9110's: those of http.client depend on the version of Python.
 PHRASES = http.client.responses | {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
@@ -557,19 +558,19 @@ class Problem(bottle.HTTPResponse):
             "detail": detail,
             **members,
         }
-        sent = {"Content-Type": "application/problem+json", "Cache-Control": "no-cache"}
-        super().__init__(to_json(problem), f"{status} {phrase}", sent | (headers or {}))
+        always = {"Content-Type": "application/problem+json", "Cache-Control": "no-cache"}
+        super().__init__(to_json(problem), f"{status} {phrase}", always | (headers or {}))
 
 
 def unavailable(error: Exception) -> Problem:
     return Problem(503, str(error), headers={"Retry-After": "1"})
 
 
-Error = tuple[tuple, str]  # a path in a value, and a message that says what is right
+Error = tuple[tuple, str]  # the path to the place in a value, and what is wrong there
 
 
 class ValidationError(Exception):
-    """A body, or a query, breaks its schema."""
+    """A body or a query does not match its schema."""
 
     def __init__(self, errors: list[Error], *, is_query: bool = False):
         super().__init__()
@@ -578,7 +579,7 @@ class ValidationError(Exception):
 
 
 def validation_problem(error: ValidationError) -> Problem:
-    """The 422 that lists the errors, and counts them in its detail."""
+    """The 422 that lists the errors; its detail counts them and has the first three."""
     errors = error.errors[:MAX_ERRORS]
     count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
     if len(error.errors) > MAX_ERRORS:
@@ -632,7 +633,7 @@ def precondition_failed(error: db.PreconditionFailed) -> Problem:
     return Problem(412, hint)
 
 
-# The one place where an exception becomes a response: by its class, or else by a base of it.
+# How an exception becomes a response: by its class, or else by the nearest base class.
 PROBLEMS: dict[type, Callable[[Any], Problem]] = {
     db.NotFound: lambda error: Problem(404, str(error)),
     db.PreconditionFailed: precondition_failed,
@@ -661,7 +662,7 @@ PROBLEMS: dict[type, Callable[[Any], Problem]] = {
 
 
 def problem_for(error: Exception, log: TextIO | None = None) -> Problem:
-    """The response to an exception; one that is not expected is a fault, and goes to the log."""
+    """The response to an exception. An unexpected one is a fault of ours, and is logged."""
     for kind in type(error).__mro__:
         if kind in PROBLEMS:
             return PROBLEMS[kind](error)
@@ -670,7 +671,7 @@ def problem_for(error: Exception, log: TextIO | None = None) -> Problem:
 
 
 def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
-    """Answer what Bottle itself refuses: no such path, or not with this method."""
+    """Respond to what Bottle itself rejects: an unknown path, or a wrong method."""
     if error.status_code == 404:
         return Problem(404, "No such path; GET / lists the paths.")
     if error.status_code != 405:
@@ -685,14 +686,14 @@ def handle_http_error(error: bottle.HTTPError) -> bottle.HTTPResponse:
 
 
 class Plugin:
-    """The Bottle plugin around every route: it authorizes, reads, validates and answers."""
+    """The Bottle plugin around every route: it authorizes, reads, validates and responds."""
 
     name = "shop"
     api = 2
 
     def __init__(self, store: db.Store, admin_token: str | None, order_token: str | None):
         self.store = store
-        self.tokens: dict[str, list[str]] = {}  # by access: what may be sent
+        self.tokens: dict[str, list[str]] = {}  # by kind of access: those that grant it
         if admin_token:
             self.tokens["admin"] = [admin_token]
         if admin_token and order_token:
@@ -709,7 +710,7 @@ class Plugin:
 
         def respond(environ: dict, path_ids: dict) -> Any:
             if environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":
-                raise Problem(417, "The only expectation that can be met is 100-continue.")
+                raise Problem(417, "Expect may only be 100-continue.")
             if spec.access in self.tokens:
                 authorize(environ, self.tokens[spec.access])
             arguments = {"store": self.store, "secured": self.secured, **path_ids}
@@ -726,7 +727,7 @@ class Plugin:
             response = action()
             if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
                 bottle.response.headers.setdefault("Cache-Control", "no-cache")
-                if is_known(environ):
+                if is_unchanged(environ):
                     bottle.response.status = 304
                     return b""
             return response
@@ -745,12 +746,13 @@ class Plugin:
     def respond_once(self, environ: dict, raw: bytes, body: Any, action: Callable) -> bytes:
         """Run a route and store its response with its work; a repeat gets that response again."""
         key = read_key(environ["HTTP_IDEMPOTENCY_KEY"])
-        digest = fingerprint(environ, canonical_json(body))  # however its JSON was written
+        digest = fingerprint(environ, canonical_json(body))
         response = bottle.response
         with self.store.transaction():
             try:
                 stored = self.store.get_idempotent(key, digest)
-            except db.IdempotencyKeyReused:  # or of its bytes, from before schema 7
+            except db.IdempotencyKeyReused:
+                # Before schema 7 the fingerprint was made from the bytes of the body.
                 stored = self.store.get_idempotent(key, fingerprint(environ, raw))
             if stored is None:
                 content = action()
@@ -759,33 +761,34 @@ class Plugin:
                 self.store.save_idempotent(key, digest, result)
                 return content
         status, location, text, *etags = stored  # keys from before version 2 have no ETag
-        sent = {"Location": location, "ETag": etags and etags[0], "Idempotent-Replayed": "true"}
-        sent = {name: value for name, value in sent.items() if value}
-        return json_response(text.encode(), status, **sent)
+        headers = {"Location": location, "ETag": etags and etags[0], "Idempotent-Replayed": "true"}
+        headers = {name: value for name, value in headers.items() if value}
+        return json_response(text.encode(), status, **headers)
 
 
 def authorize(environ: dict, tokens: list[str]) -> None:
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     sent = token.strip().encode()
-    is_valid = [hmac.compare_digest(sent, valid.encode()) for valid in tokens]
-    if scheme.lower() != "bearer" or not any(is_valid):
+    matching = [hmac.compare_digest(sent, valid.encode()) for valid in tokens]
+    if scheme.lower() != "bearer" or not any(matching):
         hint = "A token is needed: Authorization: Bearer <token>"
         raise Problem(401, hint, headers={"WWW-Authenticate": "Bearer"})
 
 
 def read_query(environ: dict, schema: dict, validator: "Validator") -> dict:
-    """The query parameters as the routes work with them. Raises ValidationError."""
+    """The query parameters, validated. Raises ValidationError."""
     query: dict[str, Any] = {}
     errors: list[Error] = []
     if not environ.get("QUERY_STRING"):
         return query  # no parameter is required
     pairs = environ["QUERY_STRING"].split("&")
-    for pair in pairs[MAX_PARAMETERS : MAX_PARAMETERS + 1]:
+    if len(pairs) > MAX_PARAMETERS:
+        name = pairs[MAX_PARAMETERS].partition("=")[0]
         message = f"is one too many: a query may have {MAX_PARAMETERS} parameters"
-        errors.append(((pair.partition("=")[0],), message))
+        errors.append(((name,), message))
     text = "&".join(pairs[:MAX_PARAMETERS])
     for pair in parse_qsl(text, keep_blank_values=True, encoding="latin-1"):
-        # A WSGI server hands bytes on as latin-1. Invalid UTF-8 fails validation as a surrogate.
+        # WSGI passes bytes as latin-1. Invalid UTF-8 becomes surrogates, which fail validation.
         raw = (part.encode("latin-1", "replace") for part in pair)
         name, value = (part.decode("utf-8", "surrogateescape") for part in raw)
         if name in query:
@@ -813,7 +816,7 @@ def read_if_match(environ: dict) -> db.Precondition:
     return lambda etag: matches(if_match, etag)
 
 
-def is_known(environ: dict) -> bool:
+def is_unchanged(environ: dict) -> bool:
     """Whether If-None-Match names the ETag of the response to a GET (RFC 9110, 13.1.2)."""
     etag = bottle.response.get_header("ETag", "").strip('"')
     if_none_match = environ.get("HTTP_IF_NONE_MATCH")
@@ -825,7 +828,7 @@ ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ 
 
 
 def matches(header: str, etag: str, *, weak: bool = False) -> bool:
-    """Whether a list of entity tags names this one. Weak tags count only where asked for."""
+    """Whether a list of entity tags names this one; weak tags never match unless `weak`."""
     if header.strip() == "*":
         return True
     if not ENTITY_TAGS.fullmatch(header):
@@ -853,10 +856,10 @@ canonical_json = json.JSONEncoder(sort_keys=True).encode
 
 
 def read_body(environ: dict, media_types: tuple) -> bytes:
-    """The bytes of the body, declared as JSON and not too many. Raises a Problem."""
+    """The bytes of a body that is declared as JSON and not too large. Raises a Problem."""
     accept = {"Accept": ", ".join(media_types)}
     if not is_json(environ.get("CONTENT_TYPE", ""), media_types):
-        hint = "Send JSON in UTF-8 and say so, with curl: -H 'Content-Type: application/json'"
+        hint = "Send JSON in UTF-8 and declare it; with curl: -H 'Content-Type: application/json'"
         raise Problem(415, hint, headers=accept)
     coding = environ.get("HTTP_CONTENT_ENCODING", "identity")
     if coding.strip().lower() not in ("identity", ""):
@@ -869,13 +872,13 @@ def read_body(environ: dict, media_types: tuple) -> bytes:
 
 
 def body_length(environ: dict) -> int:
-    """How many bytes may be read of the body. Raises a Problem."""
+    """How many bytes of the body to read. Raises a Problem."""
     length = environ.get("CONTENT_LENGTH")
     if length and not re.fullmatch("[0-9]{1,19}", length):
         raise Problem(400, "Content-Length must be a number.")
     if length:
         return int(length)
-    # A server that has undone a chunked body may not know its length, but says where it ends.
+    # A server that decodes a chunked body may not know its length, but ends the stream there.
     if environ.get("wsgi.input_terminated"):
         return MAX_BODY + 1
     if "HTTP_TRANSFER_ENCODING" in environ:
@@ -893,11 +896,11 @@ def is_json(content_type: str, media_types: tuple) -> bool:
 
 
 def parse_body(raw: bytes, validator: "Validator") -> Any:
-    """The body as the routes work with it. Raises a Problem, or ValidationError."""
+    """The body, decoded and validated. Raises a Problem, or ValidationError."""
     if not raw:
         raise Problem(400, "The body is empty: send a JSON object.")
     try:
-        value = json_decode(raw.decode("utf-8-sig"))  # Windows puts a byte order mark in front
+        value = json_decode(raw.decode("utf-8-sig"))  # Windows programs add a byte order mark
     except UnicodeDecodeError as error:
         raise Problem(400, f"The body is not UTF-8: see byte {error.start}.") from None
     except RecursionError:
@@ -907,26 +910,28 @@ def parse_body(raw: bytes, validator: "Validator") -> Any:
     return validate(value, validator)
 
 
-def refuse_constant(name: str):
+def reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not valid JSON")
 
 
 def reject_duplicate_keys(pairs: list) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'duplicate key "{twice}"')
+        [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'duplicate key "{name}"')
     return fields
 
 
 def parse_int(text: str) -> int | Decimal:
+    # int() rejects thousands of digits.
     return int(text) if len(text) < 20 else Decimal(text)
 
 
 def parse_decimal(text: str) -> Decimal:
     try:
         return Decimal(text)
-    except decimal.InvalidOperation:  # an exponent of twenty digits: too large, or of a zero
+    except decimal.InvalidOperation:  # its exponent has some twenty digits
+        # Only a zero can be valid; Infinity fails validation.
         mantissa, _, _ = text.lower().partition("e")
         return Decimal("Infinity") if mantissa.strip("-0.") else Decimal(0)
 
@@ -934,12 +939,12 @@ def parse_decimal(text: str) -> Decimal:
 json_decode = json.JSONDecoder(
     parse_int=parse_int,
     parse_float=parse_decimal,
-    parse_constant=refuse_constant,
+    parse_constant=reject_constant,
     object_pairs_hook=reject_duplicate_keys,
 ).decode
 
 
-# What a page of another origin may send, and see (https://fetch.spec.whatwg.org).
+# The headers that a page of another origin may send, and read (https://fetch.spec.whatwg.org).
 CORS_REQUEST = "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match"
 CORS_RESPONSE = "ETag, Link, Location, Retry-After, Idempotent-Replayed"
 
@@ -947,9 +952,9 @@ CORS_RESPONSE = "ETag, Link, Location, Retry-After, Idempotent-Replayed"
 class Application:
     """A shop as a WSGI application.
 
-    .bottle holds its routes, and takes an embedding program's own routes and plugins; .store is
-    its database. It holds a Bottle and is none: a Bottle that is mounted in another one loses its
-    error handlers and hooks.
+    .bottle has its routes, and an embedding program may add routes and plugins to it; .store is
+    its database. It wraps a Bottle rather than being one, because a Bottle that is mounted in
+    another loses its error handlers and hooks.
     """
 
     def __init__(
@@ -965,7 +970,7 @@ class Application:
         self.bottle.default_error_handler = handle_http_error
         self.bottle.install(Plugin(store, admin_token, order_token))
         for route in api.routes:
-            # A path works with its last slash and without.
+            # A path works with or without its last slash.
             rules = {route.rule.rstrip("/") or "/", route.rule.rstrip("/") + "/"}
             self.bottle.route(
                 sorted(rules), route.method, route.callback, skip=["json"], **route.config
@@ -974,18 +979,18 @@ class Application:
     def __call__(self, environ: dict, start_response: Callable):
         path = environ.get("PATH_INFO", "")
         if not (path.isascii() and path.isprintable()):
-            # Bottle would drop bytes that are no UTF-8, and a line feed at the end. Quoted they
-            # are no path of ours.
+            # Bottle would drop a line feed at the end and bytes that are not UTF-8, and then find
+            # a route. A quoted path matches no route.
             environ["PATH_INFO"] = quote(path, encoding="latin-1", errors="replace")
 
         def start(status: str, headers: list, exc_info=None):
-            # Without exc_info: a Bottle that mounts this one would raise it again.
+            # exc_info is left out: a Bottle that mounts the shop would raise it again.
             return start_response(status, self.allow_origin(environ, headers))
 
         return self.bottle(environ, start)
 
     def allow_origin(self, environ: dict, headers: list) -> list:
-        """The headers, and those that let a page of an origin in CORS_ORIGINS see the response."""
+        """Add the headers that let pages of the origins in CORS_ORIGINS read the response."""
         if not self.cors_origins:
             return headers
         origin = environ.get("HTTP_ORIGIN")
@@ -1001,13 +1006,13 @@ class Application:
             allow = dict(headers).get("Allow")
             if allow and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
                 added["Access-Control-Allow-Methods"] = allow
-                asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS")
-                added["Access-Control-Allow-Headers"] = asked or CORS_REQUEST
+                requested = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS")
+                added["Access-Control-Allow-Headers"] = requested or CORS_REQUEST
                 added["Access-Control-Max-Age"] = "600"
         return [*headers, *added.items()]
 
     def is_slow(self, environ: dict) -> bool:
-        """Whether a request is for a route that may take long."""
+        """Whether the route of a request may take long."""
         try:
             route, _ = self.bottle.match(environ)
         except bottle.HTTPError:
@@ -1078,14 +1083,14 @@ def log_statement(sql: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- validation
-# compile_schema() turns a schema into a function that validates a value: it returns the value as
-# the routes work with it, and appends each error, a path and a message, to a list.
+# compile_schema() turns a schema into a function that validates a value: it returns the value in
+# the form that the routes use (prices in cents), and appends each Error to a list.
 
 Validator = Callable[[Any, tuple, list[Error]], Any]
 
 
 def validate(value: Any, validator: Validator) -> Any:
-    """The value as the routes work with it. Raises ValidationError with every error in it."""
+    """The value in the form that the routes use. Raises ValidationError with all errors."""
     errors: list[Error] = []
     valid = validator(value, (), errors)
     if errors:
@@ -1131,7 +1136,7 @@ def compile_object(schema: dict) -> Validator:
 
 
 def compile_map(schema: dict) -> Validator:
-    """An object in which the names are free and all values have one schema."""
+    """An object with any names that match propertyNames; all its values have one schema."""
     validate_name = compile_string(schema["propertyNames"])
     validate_value = compile_schema(schema["additionalProperties"])
     most = schema.get("maxProperties", MAX_BODY)
@@ -1169,7 +1174,7 @@ def compile_array(schema: dict) -> Validator:
             fields = validate_item(item, path + (position,), errors)
             items.append(fields)
             item_id = fields.get(key)
-            if item_id in seen and item_id:  # it is neither absent nor invalid
+            if item_id in seen and item_id:  # neither absent (None) nor invalid (0)
                 errors.append((path + (position,), f"repeats {key} {item_id}"))
             seen.add(item_id)
         return items
@@ -1204,7 +1209,7 @@ def compile_string(schema: dict) -> Validator:
 
 
 def compile_number(schema: dict) -> Validator:
-    """A number with `decimals` is returned in whole hundredths: a price in cents."""
+    """An integer; or a number with `decimals`, which is validated into whole cents."""
     least = schema["minimum"]
     most = schema["maximum"]
     decimals = schema.get("decimals", 0)
@@ -1214,7 +1219,7 @@ def compile_number(schema: dict) -> Validator:
     too_fine = "must have at most two decimals" if decimals else wrong_type
 
     def validate_number(value: Any, path: tuple, errors: list[Error]) -> int:
-        if type(value) not in (int, Decimal):  # nor bool, which is an int to isinstance
+        if type(value) not in (int, Decimal):  # isinstance would accept a bool
             message = wrong_type
         elif not least <= value <= most:
             message = f"must be {least} to {most}"

@@ -489,7 +489,7 @@ def test_a_body_over_128_kibibytes_is_a_413_and_one_of_just_that_is_read(shop):
     assert shop("POST", "/products/", body.ljust(128 << 10)).status_int == 201
     refused = shop("POST", "/products/", body.ljust((128 << 10) + 1))
     assert refused.status_int == 413
-    assert refused.json["detail"] == "The body may have 131072 bytes."
+    assert refused.json["detail"] == "The body may have at most 131072 bytes."
 
 
 def test_ids_are_never_given_twice(shop, mug):
