@@ -2235,8 +2235,9 @@ class Loop:
                     self.next_expiry = 0.0
 
     def stop(self, number: int, frame) -> None:
-        self.stopped_at = self.stopped_at or time.monotonic()
-        self.servers[0].trigger.pull_trigger()
+        if not self.stopped_at:  # at a later signal the trigger may be closed
+            self.stopped_at = time.monotonic()
+            self.servers[0].trigger.pull_trigger()
 
     def drain(self) -> bool:
         """Take no more requests; return whether some are under way, and there is time for them."""

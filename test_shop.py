@@ -2892,6 +2892,15 @@ def test_more_signals_change_nothing_about_what_is_under_way(server, database):
     assert server.process.wait(5) == 0
 
 
+def test_a_signal_while_the_database_is_closed_changes_nothing(start_server):
+    server = start_server(
+        "close = shop.Application.close\n"
+        "shop.Application.close = lambda app: (os.kill(os.getpid(), 15), close(app))"
+    )
+    server.product()
+    assert server.end()[0] == 0
+
+
 def test_an_urgent_byte_closes_its_connection_and_no_more(server):
     with server.connect() as connection:
         connection.send(b"x", socket.MSG_OOB)
