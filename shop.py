@@ -1821,22 +1821,22 @@ def read_environment() -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------- server
-# waitress, with a loop of ours in place of its threads: they and its main loop take the interpreter
-# from each other. A turn of the loop polls, computes the response to every request that has come
-# in, commits once for all writes, and only then responds. Reads that may take long run in a thread
-# of waitress beside it. A test names every internal of waitress that is used here.
+# waitress, with our own loop in place of its threads, which would compete with its main loop for
+# the interpreter. A turn of the loop polls, computes the response to every request that has
+# arrived, commits all writes at once, and only then responds. Reads that may take long run in one
+# thread of waitress's. A test lists every internal of waitress that is used here.
 
-MAX_HEADER = 16 << 10  # bytes of a request's head
-RECV_BYTES = 2 << 10  # at a time: bounds what chunks of one byte cost a turn
+MAX_HEADER = 16 << 10  # bytes of the head of a request
+RECV_BYTES = 2 << 10  # read at a time: bounds what chunks of one byte cost a turn
 MAX_CACHE = 32 << 20  # bytes of responses
-UNLIMITED = 1 << 40  # for limits of waitress that are to be out of reach
-IDLE_TIMEOUT = 130  # seconds: longer than the proxies in front keep theirs (Caddy: 120)
+UNLIMITED = 1 << 40  # for limits of waitress that must never be reached
+IDLE_TIMEOUT = 130  # seconds: longer than proxies keep idle connections open (Caddy: 120)
 REQUEST_TIMEOUT = 30  # seconds from the first byte of a request to its last
 LINGER_TIMEOUT = 5  # seconds that a client has to read the last response
 LOCK_TIMEOUT = 5  # seconds that a write waits for another process
-DRAIN_TIMEOUT = 4.5  # seconds after a signal for the requests under way
+DRAIN_TIMEOUT = 4.5  # seconds that the requests under way have after a signal
 
-# RFC 9112, 2.1 to 5. No two neighbours in a pattern can match the same byte: each is linear.
+# RFC 9112, 2.1 to 5. Each pattern takes linear time: no two neighbours can match the same byte.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
 TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
@@ -1844,29 +1844,28 @@ REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[
 FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
 BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
-# What waitress would skip, or wait behind: no method at the start, a bare CR or LF.
+# A start that is not a method, a bare CR or LF: waitress would skip it or wait for more.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
-CLOSE = b"Connection: close\r\n"
-REFUSALS = {413: TOO_LARGE, 431: f"The headers may have {MAX_HEADER} bytes."}
+LIMIT_MESSAGES = {413: TOO_LARGE, 431: f"The headers may have at most {MAX_HEADER} bytes."}
 
 
 def header_values(head: bytes, name: bytes) -> list[str]:
-    """The values of a header in a head, one for each line that has it."""
+    """The values of a header in the head of a request, one for each line with that name."""
     values = re.findall(rb"\r\n%b:([^\r]*)" % name, head, re.IGNORECASE)
     return [value.decode("latin-1").strip(" \t") for value in values]
 
 
 class Response(NamedTuple):
     status: str  # three digits
-    head: bytes  # but for Date, and for Connection where the server closes it
+    head: bytes  # without Date and "Connection: close"
     body: bytes
-    is_last: bool  # on its connection
+    is_last: bool  # the connection is closed after it
 
 
 class Request(waitress.parser.HTTPRequestParser):
-    """One request, as waitress reads it, after a stricter look at its head."""
+    """A request as waitress reads it, after a stricter check of its head."""
 
-    raw = b""  # its head
+    raw = b""  # the head
     response: Response | None = None  # once it has been computed
 
     @property
@@ -1878,7 +1877,7 @@ class Request(waitress.parser.HTTPRequestParser):
             text = self.header_plus + data
             self.raw = text.partition(b"\r\n\r\n")[0]
             if MALFORMED.search(self.raw) or text.startswith(b"\r\n" * 9):
-                self.error = BadRequest("A request begins with a method, its lines end in CRLF.")
+                self.error = BadRequest("Begin with a method, and end each line with CRLF.")
                 self.completed = True
                 return len(data)
         consumed = super().received(data)
@@ -1893,8 +1892,8 @@ class Request(waitress.parser.HTTPRequestParser):
             raise ParsingError("The request line must be METHOD /path HTTP/1.1.")
         if not FIELDS.fullmatch(header_plus, line.end()):
             raise ParsingError("Each header must be a line such as Name: value.")
-        # waitress takes quadratic time for blanks before a value, and no byte above 0x7f: curl
-        # sends what is typed.
+        # waitress takes quadratic time for blanks before a value, and rejects a target with bytes
+        # above 0x7f, which curl sends.
         head = BLANKS.sub(rb"\1", header_plus)
         if not line[0].isascii():
             head = quote(line[0], safe=string.printable).encode() + head[line.end() :]
@@ -1911,10 +1910,10 @@ class Request(waitress.parser.HTTPRequestParser):
             raise ParsingError("Ambiguous message length.")  # RFC 9112, 6.1 and 6.3
         if "close" in self.headers.get("CONNECTION", "").lower():
             self.connection_close = True
-        if self.content_length > MAX_BODY:
-            self.content_length = UNLIMITED  # which waitress refuses at once
+        if self.content_length > MAX_BODY:  # waitress's limit has room for the framing of chunks
+            self.content_length = UNLIMITED
 
-    def respond(self, status, headers, body):
+    def set_response(self, status, headers, body):
         lines = [f"HTTP/1.1 {status}", *map(": ".join, headers), ""]
         is_last = bool(self.error or self.connection_close)
         if self.version == "1.0" and not is_last:
@@ -1924,18 +1923,16 @@ class Request(waitress.parser.HTTPRequestParser):
 
 
 class Task(waitress.task.WSGITask):
-    """Sends the response to a request, which has been computed before."""
+    """Sends the response that has been computed to a request."""
 
     def execute(self):
         loop = self.channel.server.task_dispatcher
-        if not self.request.response:
-            loop.refuse(self.request)
         _, head, body, is_last = self.request.response
         self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
         self.wrote_header = True  # or waitress would write its own
         self.channel.deadline = time.monotonic() + IDLE_TIMEOUT
-        end = CLOSE if self.close_on_finish else b""
-        self.channel.write_soon(b"%b%b%b\r\n%b" % (head, loop.date, end, body))
+        close = b"Connection: close\r\n" if self.close_on_finish else b""
+        self.channel.write_soon(b"%b%b%b\r\n%b" % (head, loop.date, close, body))
 
 
 class Channel(waitress.channel.HTTPChannel):
@@ -1943,13 +1940,13 @@ class Channel(waitress.channel.HTTPChannel):
 
     parser_class = Request
     task_class = error_task_class = Task
-    deadline = 0.0  # when it is closed, by the monotonic clock; waitress's follows the wall clock
+    deadline = 0.0  # of the monotonic clock; the connection is closed then
     received_at = 0.0  # when the first of its requests was complete
-    is_lingering = False  # closed for writing, and read until its client closes it too
+    is_lingering = False  # closed for writing, but read until the client closes it too
     is_held = False  # its next request waits until the last response has been sent
 
     def received(self, data):
-        # A GET that has been answered is known by its bytes, and need not be parsed.
+        # A request whose response is in the cache need not be parsed.
         loop = self.server.task_dispatcher
         if self.request or self.requests or data not in loop.cache:
             return super().received(data)
@@ -1959,16 +1956,16 @@ class Channel(waitress.channel.HTTPChannel):
         return True
 
     def write_soon(self, data):
-        # What the socket takes at once, as most responses, needs none of waitress's buffers.
+        # waitress's buffers are only needed for what the socket does not take at once.
         sent = 0 if self.total_outbufs_len else self.send(data, do_close=False)
         return sent + super().write_soon(data[sent:])
 
     def handle_read(self):
-        request = self.request
         if self.is_lingering:
             with contextlib.suppress(OSError):
-                self.recv(MAX_BODY)  # and forget it
+                self.recv(MAX_BODY)  # and discard it
             return
+        request = self.request
         super().handle_read()
         if not self.request:
             self.deadline = time.monotonic() + IDLE_TIMEOUT
@@ -1978,7 +1975,7 @@ class Channel(waitress.channel.HTTPChannel):
     def handle_write(self):
         self.deadline = time.monotonic() + IDLE_TIMEOUT
         is_last = self.close_when_flushed
-        self.close_when_flushed = False
+        self.close_when_flushed = False  # waitress would close the connection without lingering
         super().handle_write()
         if not self.connected or self.total_outbufs_len:
             self.close_when_flushed = is_last
@@ -1989,10 +1986,11 @@ class Channel(waitress.channel.HTTPChannel):
             self.server.add_task(self)
 
     def handle_expt(self):
-        self.handle_close()  # poll would report urgent data, no part of HTTP, without end
+        self.handle_close()  # urgent data is not HTTP, and poll would keep reporting it
 
     def linger(self):
-        # A reset would take the response from a client that still sends (RFC 9112, 9.6).
+        # Closing at once would reset the connection of a client that still sends: it could not
+        # read the response (RFC 9112, 9.6).
         self.is_lingering = True
         self.deadline = time.monotonic() + LINGER_TIMEOUT
         with contextlib.suppress(OSError):
@@ -2005,14 +2003,11 @@ class Server(waitress.server.TcpWSGIServer):
     channel_class = Channel
 
     def handle_accept(self):
-        # waitress accepts one connection each time it polls. Accept all that wait.
+        # waitress accepts one connection a poll, so that a burst of clients would wait long.
         before = -1
         while before < len(self.active_channels) and len(self._map) < self.adj.connection_limit:
             before = len(self.active_channels)
             super().handle_accept()
-
-    def pull_trigger(self):
-        """Do nothing: it would wake the loop, which is the one that responds."""
 
 
 class Loop:
@@ -2023,14 +2018,14 @@ class Loop:
         self.store = app.store
         self.trusted_proxy = settings.trusted_proxy
         self.has_log = settings.access_log and sys.stdout is not None
-        self.map: dict[int, Any] = {}  # waitress's, of sockets by descriptor
+        self.map: dict[int, Any] = {}  # waitress's sockets by descriptor
         self.ready: collections.deque[Channel] = collections.deque()  # with a complete request
         self.cache: dict[bytes, Response] = {}  # by the bytes of the request
         self.cache_size = 0  # bytes
-        self.cache_version: object = None  # of the data
-        self.slow_reads: list[Any] = []  # for the thread, once the turn is over
-        self.is_locked = False  # by another process, and writes wait
-        self.stopped_at = 0.0
+        self.cache_version: object = None  # the version of the data in it
+        self.slow_reads: list[Any] = []  # for the thread, after the commit of this turn
+        self.is_locked = False  # another process has the write lock, and writes wait for it
+        self.stopped_at = 0.0  # when the first signal came
         self.next_check = 0.0
         self.order_timeout = settings.order_timeout or 0.0
         self.next_expiry = 0.0 if settings.order_timeout and not settings.read_only else math.inf
@@ -2039,22 +2034,21 @@ class Loop:
             host=settings.host,
             port=settings.port,
             url_prefix=settings.url_prefix,
-            clear_untrusted_proxy_headers=False,
             connection_limit=allow_connections(),
             recv_bytes=RECV_BYTES,
             max_request_header_size=MAX_HEADER + 1,
-            max_request_body_size=2 * MAX_BODY,  # with the framing of chunks; the plugin measures
+            max_request_body_size=2 * MAX_BODY,  # with the framing of chunks: see read_body()
             inbuf_overflow=UNLIMITED,
             outbuf_overflow=UNLIMITED,
-            outbuf_high_watermark=UNLIMITED,  # above it waitress blocks the thread: here the loop
-            channel_timeout=UNLIMITED,  # by the wall clock, which may be set: see deadline
+            outbuf_high_watermark=UNLIMITED,  # above it waitress would block the loop
+            channel_timeout=UNLIMITED,  # the wall clock may be set: see Channel.deadline
             log_socket_errors=False,
         )
         self.servers = [
             Server(app, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
             for sockinfo in adj.listen
         ]
-        waitress.task.queue_logger.disabled = True  # it warns of each slow read that waits
+        waitress.task.queue_logger.disabled = True  # it warns whenever a slow read has to wait
         self.thread = waitress.task.ThreadedTaskDispatcher()
         self.thread.set_thread_count(1)
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
@@ -2068,15 +2062,17 @@ class Loop:
         self.ready.append(channel)
 
     def run(self) -> None:
-        sys.setswitchinterval(0.0005)  # seconds: a slow read gives way soon
+        sys.setswitchinterval(0.0005)  # seconds, after which a slow read lets the loop run
         while not self.stopped_at or self.drain():
-            pause = 0.0 if self.ready or time.monotonic() > self.next_expiry else 1.0
+            pause = 1.0
             if self.is_locked or self.stopped_at:
                 pause = 0.01
+            elif self.ready or time.monotonic() > self.next_expiry:
+                pause = 0.0
             waitress.wasyncore.poll2(pause, self.map)
             count = 0
             while count < len(self.ready) and self.ready[-1].requests[0].is_write:
-                count = len(self.ready)  # what comes while the first are read shares their commit
+                count = len(self.ready)  # writes that arrive during the poll share the commit
                 waitress.wasyncore.poll2(0, self.map)
             self.take_turn()
             self.check_each_second()
@@ -2085,7 +2081,7 @@ class Loop:
         waitress.wasyncore.close_all(self.map)
 
     def take_turn(self) -> None:
-        """Compute the responses to all requests that have come in, then send them."""
+        """Compute the responses to all requests that have arrived, then send them."""
         channels = []
         while self.ready:
             channel = self.ready.popleft()
@@ -2099,7 +2095,7 @@ class Loop:
         try:
             version = self.store.data_version()
             if version is None or version != self.cache_version or self.cache_size > MAX_CACHE:
-                self.cache = {}  # not cleared: a slow read may yet add to the old one
+                self.cache = {}  # a new one, because a slow read may still add to the old one
                 self.cache_size = 0
                 self.cache_version = version
             for request in requests:
@@ -2109,31 +2105,33 @@ class Loop:
             self.slow_reads.clear()
             problem = problem_for(error)
             for request in requests:
-                self.refuse(request, problem)
+                self.reject(request, problem)
         stamp = db.timestamp()
         lines = []
         for channel, request in zip(channels, requests, strict=True):
             if request.response:
-                lines.append(self.access_line(stamp, channel, request, request.response))
+                lines.append(self.access_line(stamp, channel, request.response))
                 channel.service()
-        while self.slow_reads:
-            self.thread.add_task(self.slow_reads.pop(0))
+        for read in self.slow_reads:
+            self.thread.add_task(read)
+        self.slow_reads.clear()
         if self.has_log:
             write_log("".join(lines))
 
     def compute(self, channels: list[Channel]) -> None:
-        """Compute the response to the first request of each channel; all writes share a commit."""
+        """Compute the response to the first request of each channel; writes share one commit."""
         writes = sum(channel.requests[0].is_write for channel in channels)
         self.is_locked = False
         try:
             with self.store.batch() if writes else contextlib.nullcontext():
                 for channel in channels:
-                    self.respond(channel)
+                    self.compute_one(channel)
             return
         except db.DatabaseUnavailable as error:
             failure = error
         self.slow_reads.clear()
-        is_final = writes == 1 or isinstance(failure, db.OutcomeUnknown)
+        # Each write is tried again by itself, unless it might then be done twice.
+        is_retried = writes > 1 and not isinstance(failure, db.OutcomeUnknown)
         is_busy = isinstance(failure, db.DatabaseBusy) and not self.stopped_at
         for channel in channels:
             request = channel.requests[0]
@@ -2141,18 +2139,18 @@ class Loop:
             if request.is_write and is_busy and waited < LOCK_TIMEOUT:
                 self.is_locked = True
                 self.ready.append(channel)
-            elif not request.response or (request.is_write and not is_final):
-                self.respond(channel)  # a write has a transaction of its own now
+            elif not request.response or (request.is_write and is_retried):
+                self.compute_one(channel)
             elif request.is_write and request.response.status < "400":
-                self.refuse(request, unavailable(failure))
+                self.reject(request, unavailable(failure))
 
-    def respond(self, channel: Channel) -> None:
-        """Compute the response to the first request of a channel, or let the thread do it."""
+    def compute_one(self, channel: Channel) -> None:
+        """Compute the response to the first request of a channel, or leave it to the thread."""
         request = channel.requests[0]
         if not (request.headers_finished or request.error):
-            request.received(request.raw)  # its response was in the cache of the turn before
+            request.received(request.raw)  # its response was in a cache that has been replaced
         if request.error:
-            self.refuse(request)
+            self.reject(request)
             return
         environ = Task(channel, request).get_environment()
         if not request.is_write and self.app.is_slow(environ):
@@ -2163,11 +2161,11 @@ class Loop:
 
     def read_slowly(self, channel: Channel, environ: dict, cache: dict) -> None:
         request = channel.requests[0]
-        request.response = cache.get(request.raw)  # from an equal read
+        request.response = cache.get(request.raw)  # of an equal read before it
         if channel.connected and not request.response:
             self.call_app(request, environ, cache)
         self.ready.append(channel)
-        channel.server.trigger.pull_trigger()
+        channel.server.pull_trigger()
 
     def call_app(self, request: Request, environ: dict, cache: dict) -> None:
         started: list = []
@@ -2175,43 +2173,43 @@ class Loop:
             environ["wsgi.input"].seek(0)  # a write may be computed a second time
             body = b"".join(self.app(environ, lambda *start: started.append(start)))
             status, headers, *_ = started[-1]
-            response = request.respond(status, headers, body)
+            response = request.set_response(status, headers, body)
         except Exception as error:
-            self.refuse(request, problem_for(error))
+            self.reject(request, problem_for(error))
             return
         if "Etag" in dict(headers) and not request.is_write and not request.body_rcv:
             cache[request.raw] = response
             self.cache_size += len(request.raw) + len(response.head) + len(body)
 
-    def refuse(self, request: Request, problem: Problem | None = None) -> None:
-        """Respond with a problem; without one, with what waitress found wrong."""
+    def reject(self, request: Request, problem: Problem | None = None) -> None:
+        """Set the response to a problem; None means the error that the parser has found."""
         error = request.error
-        problem = problem or Problem(error.code, REFUSALS.get(error.code, error.body))
-        head = max(request.raw, request.header_plus, key=len)  # of one too large, what has come
+        problem = problem or Problem(error.code, LIMIT_MESSAGES.get(error.code, error.body))
+        # waitress has another head parsed in place of one that is too large: raw is the other.
+        head = max(request.raw, request.header_plus, key=len)
         environ = {"HTTP_ORIGIN": ", ".join(header_values(head, b"Origin"))}
         length = ("Content-Length", str(len(problem.body)))
         headers = self.app.allow_origin(environ, [*problem.headerlist, length])
         body = b"" if head.lstrip().startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
-        request.respond(problem.status_line, headers, body)
+        request.set_response(problem.status_line, headers, body)
 
-    def access_line(
-        self, stamp: str, channel: Channel, request: Request, response: Response
-    ) -> str:
+    def access_line(self, stamp: str, channel: Channel, response: Response) -> str:
+        request = channel.requests[0]
         client = channel.addr[0]
         if self.trusted_proxy in ("*", client):
             forwarded = ",".join(header_values(request.raw, b"X-Forwarded-For"))
-            address = forwarded.rpartition(",")[2].strip(" \t").replace("%", " ")  # no zone
-            with contextlib.suppress(ValueError):  # if it is not an address
+            address = forwarded.rpartition(",")[2].strip(" \t").replace("%", " ")
+            with contextlib.suppress(ValueError):  # not an address, or with a zone (any text)
                 client = str(ipaddress.ip_address(address))
         method = path = "-"
         if not request.error:
             method, target, _ = request.raw.decode("latin-1").split(" ", 2)
             path = target.partition("?")[0]
-            if not (path.isascii() and path.isprintable()):
+            if not path.isascii():
                 path = quote(path, safe=string.punctuation, encoding="latin-1")
-        answer = f"{response.status} {len(response.body)}"
+        result = f"{response.status} {len(response.body)}"
         milliseconds = (time.perf_counter() - channel.received_at) * 1000
-        return f"{stamp} {client} {method} {path} {answer} {milliseconds:.1f}\n"
+        return f"{stamp} {client} {method} {path} {result} {milliseconds:.1f}\n"
 
     def check_each_second(self) -> None:
         now = time.monotonic()
@@ -2220,15 +2218,15 @@ class Loop:
             self.store.checkpoint_if_large()
             for channel in self.channels():
                 channel.deadline = channel.deadline or now + IDLE_TIMEOUT  # a new connection
-                # One that neither sends nor receives waits for the lock, or for a slow read.
+                # One with requests and nothing to send waits for the lock or for a slow read.
                 if channel.deadline < now and (channel.total_outbufs_len or not channel.requests):
                     channel.handle_close()
 
     def expire_orders(self) -> None:
-        """Cancel orders that have waited too long, a few each turn."""
+        """Cancel orders that have been pending too long, a few each turn."""
         if time.monotonic() > self.next_expiry:
             self.next_expiry = time.monotonic() + 1
-            with contextlib.suppress(db.DatabaseUnavailable):  # then a second later
+            with contextlib.suppress(db.DatabaseUnavailable):  # the next try is a second later
                 before = db.timestamp(self.order_timeout * 60)
                 if self.store.has_expired_orders(before):
                     self.store.expire_orders(before)
@@ -2237,13 +2235,13 @@ class Loop:
     def stop(self, number: int, frame) -> None:
         if not self.stopped_at:  # at a later signal the trigger may be closed
             self.stopped_at = time.monotonic()
-            self.servers[0].trigger.pull_trigger()
+            self.servers[0].pull_trigger()
 
     def drain(self) -> bool:
-        """Take no more requests; return whether some are under way, and there is time for them."""
+        """Accept no more connections, end those without a request; return whether any are left."""
         for server in self.servers:
             if server.accepting:
-                server.handle_accept()  # what connected before the signal may have sent a request
+                server.handle_accept()  # a client that has connected may have sent a request
                 waitress.wasyncore.dispatcher.close(server)
                 return True
         elapsed = time.monotonic() - self.stopped_at
@@ -2257,18 +2255,18 @@ class Loop:
 
 
 def write_log(text: str) -> None:
-    """Write to standard output as much as fits: a full pipe must not stop the shop."""
+    """Write to standard output what it takes at once: a full pipe must not stop the shop."""
     lines = text.encode()
     with contextlib.suppress(OSError):
         while lines and select.select([], [sys.stdout], [], 0)[1]:
-            # So much is written without waiting, or not at all; whole lines, where they fit.
+            # A pipe that is ready takes PIPE_BUF bytes without blocking. Whole lines, if they fit.
             end = lines.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
             os.write(sys.stdout.fileno(), lines[:end])
             lines = lines[end:]
 
 
 def allow_connections() -> int:
-    """Raise the limit of open files as far as it goes; return how many connections fit."""
+    """Raise the limit of open files as far as allowed; return how many connections it admits."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
