@@ -1927,6 +1927,8 @@ class Task(waitress.task.WSGITask):
 
     def execute(self):
         loop = self.channel.server.task_dispatcher
+        if not self.request.response:  # waitress reports a fault while sending the first one
+            loop.reject(self.request)
         _, head, body, is_last = self.request.response
         self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
         self.wrote_header = True  # or waitress would write its own
@@ -2009,6 +2011,9 @@ class Server(waitress.server.TcpWSGIServer):
             before = len(self.active_channels)
             super().handle_accept()
 
+    def pull_trigger(self):
+        """Do nothing: after each response it would wake the loop, which is the one that sends."""
+
 
 class Loop:
     """Serves an application until a signal ends it: waitress's loop and task dispatcher in one."""
@@ -2074,9 +2079,12 @@ class Loop:
             while count < len(self.ready) and self.ready[-1].requests[0].is_write:
                 count = len(self.ready)  # writes that arrive during the poll share the commit
                 waitress.wasyncore.poll2(0, self.map)
-            self.take_turn()
-            self.check_each_second()
-            self.expire_orders()
+            try:
+                self.take_turn()
+                self.check_each_second()
+                self.expire_orders()
+            except Exception:  # a fault in one turn does not end the process
+                traceback.print_exc()
         self.thread.shutdown(cancel_pending=False, timeout=1)
         waitress.wasyncore.close_all(self.map)
 
@@ -2165,7 +2173,7 @@ class Loop:
         if channel.connected and not request.response:
             self.call_app(request, environ, cache)
         self.ready.append(channel)
-        channel.server.pull_trigger()
+        channel.server.trigger.pull_trigger()
 
     def call_app(self, request: Request, environ: dict, cache: dict) -> None:
         started: list = []
@@ -2235,7 +2243,7 @@ class Loop:
     def stop(self, number: int, frame) -> None:
         if not self.stopped_at:  # at a later signal the trigger may be closed
             self.stopped_at = time.monotonic()
-            self.servers[0].pull_trigger()
+            self.servers[0].trigger.pull_trigger()
 
     def drain(self) -> bool:
         """Accept no more connections, end those without a request; return whether any are left."""

@@ -6446,6 +6446,13 @@ def test_a_timeout_of_centuries_cancels_nothing(tmp_path, database):
         assert statuses_in(database) == ["pending"], minutes
 
 
+def test_a_fault_in_the_expiry_does_not_end_the_process(start_server):
+    setup = "db.Store.has_expired_orders = lambda store, before: 1 / 0"
+    server = start_server(setup, ends_silently=False, ORDER_TIMEOUT="1")
+    wait_for(lambda: server.stderr().count("ZeroDivisionError") > 1)
+    assert server.product().status == 201
+
+
 def test_a_read_only_shop_expires_no_order(start_server, database):
     place_orders(database, 1)
     backdate(database, 2)
