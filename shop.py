@@ -2161,6 +2161,8 @@ class Loop:
             self.reject(request)
             return
         environ = Task(channel, request).get_environment()
+        if request.path.startswith("//"):  # which waitress makes one slash of: no path of a route
+            environ["PATH_INFO"] = request.path
         if not request.is_write and self.app.is_slow(environ):
             read = functools.partial(self.read_slowly, channel, environ, self.cache)
             self.slow_reads.append(types.SimpleNamespace(service=read))

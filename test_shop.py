@@ -2551,6 +2551,7 @@ RAW_REQUESTS = [
     (b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
     (get(b"http://example.org/healthz"), 200),
     (get(b"/%ff"), 404),
+    (get(b"//healthz"), 404),
     (get(b"/\xff\xfe"), 404),
     (get(b"/" + b"a" * 17_000), 431),
     (get(fields=b"Host: x\r\nA:" + b" " * 16_000 + b"\1"), 400),
