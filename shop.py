@@ -624,8 +624,8 @@ def unknown_products(error: db.UnknownProducts) -> Problem:
 
 def precondition_failed(error: db.PreconditionFailed) -> Problem:
     hint = "The resource has changed since you read it: fetch it again and retry."
-    if_match = bottle.request.environ.get("HTTP_IF_MATCH", "")
-    if re.fullmatch(r'[\s,]*(W/"[^"]*"[\s,]*)+', if_match):
+    tags = entity_tags(bottle.request.environ.get("HTTP_IF_MATCH", ""))
+    if tags and all(tag.startswith("W/") for tag in tags):
         hint = (
             "If-Match holds only weak tags, which never match: send the ETag without W/, "
             "or fetch the resource without compression."
@@ -827,15 +827,16 @@ ENTITY_TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'
 ENTITY_TAGS = re.compile(rf"[ \t,]*{ENTITY_TAG}(?:[ \t]*,[ \t,]*{ENTITY_TAG})*[ \t,]*")
 
 
+def entity_tags(header: str) -> list[str]:
+    """The entity tags of a list, as they stand in it; none if it is malformed."""
+    return re.findall(ENTITY_TAG, header) if ENTITY_TAGS.fullmatch(header) else []
+
+
 def matches(header: str, etag: str, *, weak: bool = False) -> bool:
     """Whether a list of entity tags names this one; weak tags never match unless `weak`."""
     if header.strip() == "*":
         return True
-    if not ENTITY_TAGS.fullmatch(header):
-        return False
-    return f'"{etag}"' in [
-        tag.removeprefix("W/" if weak else "") for tag in re.findall(ENTITY_TAG, header)
-    ]
+    return f'"{etag}"' in [tag.removeprefix("W/" if weak else "") for tag in entity_tags(header)]
 
 
 def read_key(header: str) -> str:
