@@ -1828,7 +1828,6 @@ def read_environment() -> dict[str, str]:
 # thread of waitress's. A test lists every internal of waitress that is used here.
 
 MAX_HEADER = 16 << 10  # bytes of the head of a request
-RECV_BYTES = 2 << 10  # read at a time: bounds what chunks of one byte cost a turn
 MAX_CACHE = 32 << 20  # bytes of responses
 UNLIMITED = 1 << 40  # for limits of waitress that must never be reached
 IDLE_TIMEOUT = 130  # seconds: longer than proxies keep idle connections open (Caddy: 120)
@@ -1841,19 +1840,18 @@ DRAIN_TIMEOUT = 4.5  # seconds that the requests under way have after a signal
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
 TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
-REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+ " + TARGET + rb" HTTP/1\.[01]\r\n")
-FIELDS = re.compile(rb"(?:%b+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(?:\r\n)?" % TOKEN)
-BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
+REQUEST_LINE = rb"%b+ %b HTTP/1\.[01]" % (TOKEN, TARGET)
+FIELD = rb"\r\n%b+:[^\x00-\x08\x0a-\x1f\x7f]*" % TOKEN
+HEAD = re.compile(rb"(%b)((?:%b)*(?:\r\n){1,2})" % (REQUEST_LINE, FIELD))
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 # A start that is not a method, a bare CR or LF: waitress would skip it or wait for more.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
-LIMIT_MESSAGES = {413: TOO_LARGE, 431: f"The headers may have at most {MAX_HEADER} bytes."}
 
 
-def header_values(head: bytes, name: bytes) -> list[str]:
-    """The values of a header in the head of a request, one for each line with that name."""
+def header_value(head: bytes, name: bytes) -> str | None:
+    """The value of a header in the head of a request; of several, a list (RFC 9110, 5.3)."""
     values = re.findall(rb"\r\n%b:([^\r]*)" % name, head, re.IGNORECASE)
-    return [value.decode("latin-1").strip(" \t") for value in values]
+    return b",".join(values).decode("latin-1").strip(" \t") if values else None
 
 
 class Response(NamedTuple):
@@ -1866,8 +1864,10 @@ class Response(NamedTuple):
 class Request(waitress.parser.HTTPRequestParser):
     """A request as waitress reads it, after a stricter check of its head."""
 
-    raw = b""  # the head
-    response: Response | None = None  # once it has been computed
+    raw = b""  # its head
+    response: Any = None  # its Response, once that has been computed
+    channel: "Channel"  # once it is complete
+    received_at: float  # likewise; by time.perf_counter()
 
     @property
     def is_write(self):
@@ -1876,8 +1876,9 @@ class Request(waitress.parser.HTTPRequestParser):
     def received(self, data):
         if not self.headers_finished:
             text = self.header_plus + data
-            self.raw = text.partition(b"\r\n\r\n")[0]
-            if MALFORMED.search(self.raw) or text.startswith(b"\r\n" * 9):
+            head, end, _ = text.partition(b"\r\n\r\n")
+            self.raw = head.lstrip(b"\r\n") + end
+            if MALFORMED.search(head) or text.startswith(b"\r\n" * 9):
                 self.error = BadRequest("Begin with a method, and end each line with CRLF.")
                 self.completed = True
                 return len(data)
@@ -1887,27 +1888,24 @@ class Request(waitress.parser.HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus):
-        self.raw = header_plus
-        line = REQUEST_LINE.match(header_plus)
-        if not line:
-            raise ParsingError("The request line must be METHOD /path HTTP/1.1.")
-        if not FIELDS.fullmatch(header_plus, line.end()):
-            raise ParsingError("Each header must be a line such as Name: value.")
-        # waitress takes quadratic time for blanks before a value, and rejects a target with bytes
-        # above 0x7f, which curl sends.
-        head = BLANKS.sub(rb"\1", header_plus)
-        if not line[0].isascii():
-            head = quote(line[0], safe=string.printable).encode() + head[line.end() :]
+        head = HEAD.fullmatch(header_plus)
+        if not head:
+            raise ParsingError("Send METHOD /path HTTP/1.1, then headers such as Name: value.")
+        line, fields = head.groups()
+        # waitress rejects a target with bytes above 0x7f, which curl sends, and takes quadratic
+        # time for blanks before a value.
+        line = quote(line, safe=string.printable).encode()
+        fields = re.sub(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN, rb"\1", fields)
         try:
-            super().parse_header(head)
+            super().parse_header(line + fields)
         except (ValueError, TransferEncodingNotImplemented) as error:
             raise ParsingError("The target, a length or a transfer coding is invalid.") from error
         host = self.headers.get("HOST", "" if self.version == "1.0" else None)
         if host is None or not VALID_HOST.fullmatch(host):  # RFC 9112, 3.2
             raise ParsingError("HTTP/1.1 needs exactly one valid Host header.")
-        codings = header_values(header_plus, b"Transfer-Encoding")
+        coding = header_value(header_plus, b"Transfer-Encoding")
         has_length = self.version == "1.0" or "CONTENT_LENGTH" in self.headers
-        if codings and (has_length or ",".join(codings).lower() != "chunked"):
+        if coding is not None and (has_length or coding.lower() != "chunked"):
             raise ParsingError("Ambiguous message length.")  # RFC 9112, 6.1 and 6.3
         if "close" in self.headers.get("CONNECTION", "").lower():
             self.connection_close = True
@@ -1920,20 +1918,18 @@ class Request(waitress.parser.HTTPRequestParser):
         if self.version == "1.0" and not is_last:
             lines.insert(1, "Connection: keep-alive")
         self.response = Response(status[:3], "\r\n".join(lines).encode("latin-1"), body, is_last)
-        return self.response
 
 
 class Task(waitress.task.WSGITask):
     """Sends the response that has been computed to a request."""
 
     def execute(self):
-        loop = self.channel.server.task_dispatcher
-        if not self.request.response:  # waitress reports a fault while sending the first one
-            loop.reject(self.request)
-        _, head, body, is_last = self.request.response
-        self.close_on_finish = is_last or bool(loop.stopped_at and len(self.channel.requests) == 1)
+        request, loop = self.request, self.channel.server.task_dispatcher
+        if not request.response:  # waitress reports a fault while sending the first one
+            loop.reject(request)
+        _, head, body, is_last = request.response
+        self.close_on_finish = is_last or (loop.stopped_at and len(self.channel.requests) == 1)
         self.wrote_header = True  # or waitress would write its own
-        self.channel.deadline = time.monotonic() + IDLE_TIMEOUT
         close = b"Connection: close\r\n" if self.close_on_finish else b""
         self.channel.write_soon(b"%b%b%b\r\n%b" % (head, loop.date, close, body))
 
@@ -1943,16 +1939,24 @@ class Channel(waitress.channel.HTTPChannel):
 
     parser_class = Request
     task_class = error_task_class = Task
-    deadline = 0.0  # of the monotonic clock; the connection is closed then
-    received_at = 0.0  # when the first of its requests was complete
+    deadline = 0.0  # of the monotonic clock: the connection is then closed
     is_lingering = False  # closed for writing, but read until the client closes it too
-    is_held = False  # its next request waits until the last response has been sent
+
+    def handle_read(self):
+        request = self.request
+        super().handle_read()
+        if not (self.request or self.is_lingering):
+            self.deadline = time.monotonic() + IDLE_TIMEOUT
+        elif self.request is not request:
+            self.deadline = time.monotonic() + REQUEST_TIMEOUT
 
     def received(self, data):
-        # A request whose response is in the cache need not be parsed.
+        if self.is_lingering:
+            return False
         loop = self.server.task_dispatcher
         if self.request or self.requests or data not in loop.cache:
             return super().received(data)
+        # A request whose response is in the cache need not be parsed.
         self.requests.append(Request(self.adj))
         self.requests[0].raw = data
         loop.add_task(self)
@@ -1963,41 +1967,25 @@ class Channel(waitress.channel.HTTPChannel):
         sent = 0 if self.total_outbufs_len else self.send(data, do_close=False)
         return sent + super().write_soon(data[sent:])
 
-    def handle_read(self):
-        if self.is_lingering:
-            with contextlib.suppress(OSError):
-                self.recv(MAX_BODY)  # and discard it
-            return
-        request = self.request
-        super().handle_read()
-        if not self.request:
-            self.deadline = time.monotonic() + IDLE_TIMEOUT
-        elif self.request is not request:
-            self.deadline = time.monotonic() + REQUEST_TIMEOUT
-
     def handle_write(self):
         self.deadline = time.monotonic() + IDLE_TIMEOUT
         is_last = self.close_when_flushed
-        self.close_when_flushed = False  # waitress would close the connection without lingering
+        self.close_when_flushed = False  # or waitress would close it without lingering
         super().handle_write()
-        if not self.connected or self.total_outbufs_len:
+        if self.total_outbufs_len:
             self.close_when_flushed = is_last
-        elif is_last:
-            self.linger()
-        elif self.is_held:
-            self.is_held = False
+        elif is_last and self.connected:
+            # Closing at once would reset the connection of a client that still sends: it could
+            # not read the response (RFC 9112, 9.6).
+            self.is_lingering = True
+            self.deadline = time.monotonic() + LINGER_TIMEOUT
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+        elif self.requests:
             self.server.add_task(self)
 
     def handle_expt(self):
         self.handle_close()  # urgent data is not HTTP, and poll would keep reporting it
-
-    def linger(self):
-        # Closing at once would reset the connection of a client that still sends: it could not
-        # read the response (RFC 9112, 9.6).
-        self.is_lingering = True
-        self.deadline = time.monotonic() + LINGER_TIMEOUT
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -2022,18 +2010,15 @@ class Loop:
     def __init__(self, app: Application, settings: Settings):
         self.app = app
         self.store = app.store
-        self.trusted_proxy = settings.trusted_proxy
-        self.has_log = settings.access_log and sys.stdout is not None
+        self.settings = settings
         self.map: dict[int, Any] = {}  # waitress's sockets by descriptor
-        self.ready: collections.deque[Channel] = collections.deque()  # with a complete request
+        self.ready: collections.deque[Request] = collections.deque()  # to be answered in a turn
         self.cache: dict[bytes, Response] = {}  # by the bytes of the request
         self.cache_size = 0  # bytes
         self.cache_version: object = None  # the version of the data in it
-        self.slow_reads: list[Any] = []  # for the thread, after the commit of this turn
         self.is_locked = False  # another process has the write lock, and writes wait for it
         self.stopped_at = 0.0  # when the first signal came
         self.next_check = 0.0
-        self.order_timeout = settings.order_timeout or 0.0
         self.next_expiry = 0.0 if settings.order_timeout and not settings.read_only else math.inf
         self.date = b""
         adj = waitress.adjustments.Adjustments(
@@ -2041,10 +2026,9 @@ class Loop:
             port=settings.port,
             url_prefix=settings.url_prefix,
             connection_limit=allow_connections(),
-            recv_bytes=RECV_BYTES,
+            recv_bytes=2 << 10,  # bounds what chunks of one byte cost a turn
             max_request_header_size=MAX_HEADER + 1,
             max_request_body_size=2 * MAX_BODY,  # with the framing of chunks: see read_body()
-            inbuf_overflow=UNLIMITED,
             outbuf_overflow=UNLIMITED,
             outbuf_high_watermark=UNLIMITED,  # above it waitress would block the loop
             channel_timeout=UNLIMITED,  # the wall clock may be set: see Channel.deadline
@@ -2064,8 +2048,11 @@ class Loop:
         return [c for server in self.servers for c in server.active_channels.values()]
 
     def add_task(self, channel: Channel) -> None:
-        channel.received_at = time.perf_counter()
-        self.ready.append(channel)
+        # While a response is still being sent, the next one waits: see Channel.handle_write().
+        if not channel.total_outbufs_len:
+            request = channel.requests[0]
+            request.channel, request.received_at = channel, time.perf_counter()
+            self.ready.append(request)
 
     def run(self) -> None:
         sys.setswitchinterval(0.0005)  # seconds, after which a slow read lets the loop run
@@ -2077,7 +2064,7 @@ class Loop:
                 pause = 0.0
             waitress.wasyncore.poll2(pause, self.map)
             count = 0
-            while count < len(self.ready) and self.ready[-1].requests[0].is_write:
+            while count < len(self.ready) and self.ready[-1].is_write:
                 count = len(self.ready)  # writes that arrive during the poll share the commit
                 waitress.wasyncore.poll2(0, self.map)
             try:
@@ -2091,15 +2078,10 @@ class Loop:
 
     def take_turn(self) -> None:
         """Compute the responses to all requests that have arrived, then send them."""
-        channels = []
-        while self.ready:
-            channel = self.ready.popleft()
-            channel.is_held = channel.total_outbufs_len > 0
-            if channel.connected and channel.requests and not channel.is_held:
-                channels.append(channel)
-        if not channels:
+        requests = [self.ready.popleft() for _ in range(len(self.ready))]
+        requests = [request for request in requests if request.channel.connected]
+        if not requests:
             return
-        requests = [channel.requests[0] for channel in channels]
         self.date = f"Date: {build_http_date(time.time())}\r\n".encode()
         try:
             version = self.store.data_version()
@@ -2109,118 +2091,104 @@ class Loop:
                 self.cache_version = version
             for request in requests:
                 request.response = request.response or self.cache.get(request.raw)
-            self.compute([channel for channel in channels if not channel.requests[0].response])
+            self.compute([request for request in requests if not request.response])
         except Exception as error:
-            self.slow_reads.clear()
             problem = problem_for(error)
             for request in requests:
                 self.reject(request, problem)
-        stamp = db.timestamp()
         lines = []
-        for channel, request in zip(channels, requests, strict=True):
+        for request in requests:
             if request.response:
-                lines.append(self.access_line(stamp, channel, request.response))
-                channel.service()
-        for read in self.slow_reads:
-            self.thread.add_task(read)
-        self.slow_reads.clear()
-        if self.has_log:
+                lines.append(self.access_line(request))
+                request.channel.service()
+            elif not request.is_write:
+                read = functools.partial(self.read_slowly, request, self.cache)
+                self.thread.add_task(types.SimpleNamespace(service=read))
+        if self.settings.access_log:
             write_log("".join(lines))
 
-    def compute(self, channels: list[Channel]) -> None:
-        """Compute the response to the first request of each channel; writes share one commit."""
-        writes = sum(channel.requests[0].is_write for channel in channels)
+    def compute(self, requests: list[Request]) -> None:
+        """Compute the responses to requests; writes share one commit."""
+        writes = sum(request.is_write for request in requests)
         self.is_locked = False
         try:
             with self.store.batch() if writes else contextlib.nullcontext():
-                for channel in channels:
-                    self.compute_one(channel)
+                for request in requests:
+                    self.compute_one(request, self.cache)
             return
         except db.DatabaseUnavailable as error:
             failure = error
-        self.slow_reads.clear()
         # Each write is tried again by itself, unless it might then be done twice.
         is_retried = writes > 1 and not isinstance(failure, db.OutcomeUnknown)
         is_busy = isinstance(failure, db.DatabaseBusy) and not self.stopped_at
-        for channel in channels:
-            request = channel.requests[0]
-            waited = time.perf_counter() - channel.received_at
+        for request in requests:
+            waited = time.perf_counter() - request.received_at
             if request.is_write and is_busy and waited < LOCK_TIMEOUT:
                 self.is_locked = True
-                self.ready.append(channel)
+                self.ready.append(request)
             elif not request.response or (request.is_write and is_retried):
-                self.compute_one(channel)
+                self.compute_one(request, self.cache)
             elif request.is_write and request.response.status < "400":
                 self.reject(request, unavailable(failure))
 
-    def compute_one(self, channel: Channel) -> None:
-        """Compute the response to the first request of a channel, or leave it to the thread."""
-        request = channel.requests[0]
+    def compute_one(self, request: Request, cache: dict, *, in_thread: bool = False) -> None:
+        """Compute the response to a request, but leave a slow read to the thread."""
         if not (request.headers_finished or request.error):
             request.received(request.raw)  # its response was in a cache that has been replaced
         if request.error:
             self.reject(request)
             return
-        environ = Task(channel, request).get_environment()
-        if request.path.startswith("//"):  # which waitress makes one slash of: no path of a route
-            environ["PATH_INFO"] = request.path
-        if not request.is_write and self.app.is_slow(environ):
-            read = functools.partial(self.read_slowly, channel, environ, self.cache)
-            self.slow_reads.append(types.SimpleNamespace(service=read))
-        else:
-            self.call_app(request, environ, self.cache)
-
-    def read_slowly(self, channel: Channel, environ: dict, cache: dict) -> None:
-        request = channel.requests[0]
-        request.response = cache.get(request.raw)  # of an equal read before it
-        if channel.connected and not request.response:
-            self.call_app(request, environ, cache)
-        self.ready.append(channel)
-        channel.server.trigger.pull_trigger()
-
-    def call_app(self, request: Request, environ: dict, cache: dict) -> None:
         started: list = []
         try:
+            environ = Task(request.channel, request).get_environment()
+            if request.path.startswith("//"):  # waitress makes one slash of them
+                environ["PATH_INFO"] = request.path
+            if not (in_thread or request.is_write) and self.app.is_slow(environ):
+                return
             environ["wsgi.input"].seek(0)  # a write may be computed a second time
             body = b"".join(self.app(environ, lambda *start: started.append(start)))
             status, headers, *_ = started[-1]
-            response = request.set_response(status, headers, body)
+            request.set_response(status, headers, body)
         except Exception as error:
             self.reject(request, problem_for(error))
             return
-        if "Etag" in dict(headers) and not request.is_write and not request.body_rcv:
-            cache[request.raw] = response
-            self.cache_size += len(request.raw) + len(response.head) + len(body)
+        is_cached = "Etag" in dict(headers) and not (request.is_write or request.body_rcv)
+        if is_cached:
+            cache[request.raw] = request.response
+            self.cache_size += len(request.raw) + len(request.response.head) + len(body)
+
+    def read_slowly(self, request: Request, cache: dict) -> None:
+        request.response = cache.get(request.raw)  # of an equal read before it
+        if request.channel.connected and not request.response:
+            self.compute_one(request, cache, in_thread=True)
+        self.ready.append(request)
+        self.servers[0].trigger.pull_trigger()
 
     def reject(self, request: Request, problem: Problem | None = None) -> None:
         """Set the response to a problem; None means the error that the parser has found."""
         error = request.error
-        problem = problem or Problem(error.code, LIMIT_MESSAGES.get(error.code, error.body))
-        # waitress has another head parsed in place of one that is too large: raw is the other.
-        head = max(request.raw, request.header_plus, key=len)
-        environ = {"HTTP_ORIGIN": ", ".join(header_values(head, b"Origin"))}
+        messages = {413: TOO_LARGE, 431: f"The headers may have at most {MAX_HEADER} bytes."}
+        problem = problem or Problem(error.code, messages.get(error.code, error.body))
         length = ("Content-Length", str(len(problem.body)))
+        environ = {"HTTP_ORIGIN": header_value(request.raw, b"Origin")}
         headers = self.app.allow_origin(environ, [*problem.headerlist, length])
-        body = b"" if head.lstrip().startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
+        body = b"" if request.raw.startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
         request.set_response(problem.status_line, headers, body)
 
-    def access_line(self, stamp: str, channel: Channel, response: Response) -> str:
-        request = channel.requests[0]
-        client = channel.addr[0]
-        if self.trusted_proxy in ("*", client):
-            forwarded = ",".join(header_values(request.raw, b"X-Forwarded-For"))
-            address = forwarded.rpartition(",")[2].strip(" \t").replace("%", " ")
+    def access_line(self, request: Request) -> str:
+        client = request.channel.addr[0]
+        if self.settings.trusted_proxy in ("*", client):
+            addresses = header_value(request.raw, b"X-Forwarded-For") or ""
+            last = addresses.rpartition(",")[2].strip(" \t")
             with contextlib.suppress(ValueError):  # not an address, or with a zone (any text)
-                client = str(ipaddress.ip_address(address))
-        method = path = "-"
+                client = str(ipaddress.ip_address(last.replace("%", " ")))
+        method = target = "-"
         if not request.error:
             method, target, _ = request.raw.decode("latin-1").split(" ", 2)
-            path = target.partition("?")[0]
-            if not path.isascii():
-                path = quote(path, safe=string.punctuation, encoding="latin-1")
-        result = f"{response.status} {len(response.body)}"
-        milliseconds = (time.perf_counter() - channel.received_at) * 1000
-        return f"{stamp} {client} {method} {path} {result} {milliseconds:.1f}\n"
+        path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
+        result = f"{request.response.status} {len(request.response.body)}"
+        milliseconds = (time.perf_counter() - request.received_at) * 1000
+        return f"{db.timestamp()} {client} {method} {path} {result} {milliseconds:.1f}\n"
 
     def check_each_second(self) -> None:
         now = time.monotonic()
@@ -2238,9 +2206,7 @@ class Loop:
         if time.monotonic() > self.next_expiry:
             self.next_expiry = time.monotonic() + 1
             with contextlib.suppress(db.DatabaseUnavailable):  # the next try is a second later
-                before = db.timestamp(self.order_timeout * 60)
-                if self.store.has_expired_orders(before):
-                    self.store.expire_orders(before)
+                if self.store.expire_orders(db.timestamp((self.settings.order_timeout or 0) * 60)):
                     self.next_expiry = 0.0
 
     def stop(self, number: int, frame) -> None:
@@ -2255,13 +2221,11 @@ class Loop:
                 server.handle_accept()  # a client that has connected may have sent a request
                 waitress.wasyncore.dispatcher.close(server)
                 return True
-        elapsed = time.monotonic() - self.stopped_at
+        is_late = time.monotonic() > self.stopped_at + DRAIN_TIMEOUT
         for channel in self.channels():
-            is_idle = not (channel.total_outbufs_len or channel.requests or channel.request)
-            if elapsed > (1 if is_idle else DRAIN_TIMEOUT):
+            is_busy = channel.requests or channel.request or channel.total_outbufs_len
+            if is_late or not (is_busy or channel.is_lingering):
                 channel.handle_close()
-            elif is_idle and not channel.is_lingering:
-                channel.linger()
         return bool(self.channels())
 
 
@@ -2269,7 +2233,7 @@ def write_log(text: str) -> None:
     """Write to standard output what it takes at once: a full pipe must not stop the shop."""
     lines = text.encode()
     with contextlib.suppress(OSError):
-        while lines and select.select([], [sys.stdout], [], 0)[1]:
+        while lines and sys.stdout and select.select([], [sys.stdout], [], 0)[1]:
             # A pipe that is ready takes PIPE_BUF bytes without blocking. Whole lines, if they fit.
             end = lines.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
             os.write(sys.stdout.fileno(), lines[:end])
@@ -2421,8 +2385,8 @@ def run_expire(settings: Settings, options: argparse.Namespace) -> int:
     cancelled = 0
     before = db.timestamp(settings.order_timeout * 60)
     with contextlib.closing(open_store(settings, COMMAND_LOCK_TIMEOUT)) as store:
-        while store.has_expired_orders(before):
-            cancelled += store.expire_orders(before)
+        while portion := store.expire_orders(before):
+            cancelled += portion
     print(f"{cancelled} orders cancelled")
     return 0
 
