@@ -62,9 +62,6 @@ class UnknownProducts(Exception):
 class UnknownPlace(Exception):
     """A page cannot continue after a deleted product, whose name and price are unknown."""
 
-    def __init__(self, product_id: int):
-        super().__init__(f"names product {product_id}, which does not exist: its place is unknown")
-
 
 class InsufficientStock(Exception):
     """`shortages` is a dict for each short line: product_id, requested and available pieces."""
@@ -78,24 +75,13 @@ class InsufficientStock(Exception):
 class ExcessiveStock(Exception):
     """A change would raise a product's stock above MAX_STOCK."""
 
-    def __init__(self, stock: int):
-        super().__init__(
-            f"must be at most {MAX_STOCK - stock}, to keep the stock within {MAX_STOCK}"
-        )
-
 
 class ExcessiveTotal(Exception):
     """An order would cost more than MAX_TOTAL."""
 
-    def __init__(self) -> None:
-        super().__init__(f"make a total over {MAX_TOTAL // 100}")
-
 
 class ExcessiveMetadata(Exception):
     """A product or an order would have more than MAX_METADATA entries of metadata."""
-
-    def __init__(self, entries: int):
-        super().__init__(f"must have at most {MAX_METADATA} entries, not {entries}")
 
 
 class DuplicateSku(Exception):
@@ -128,9 +114,6 @@ class DatabaseUnavailable(Exception):
 class TransactionLost(DatabaseUnavailable):
     """The transaction cannot commit, because one of its steps failed after a change."""
 
-    def __init__(self) -> None:
-        super().__init__("The transaction was rolled back.")
-
 
 class OutcomeUnknown(DatabaseUnavailable):
     """A commit failed, and its changes may or may not exist after a crash."""
@@ -162,8 +145,8 @@ UNAVAILABLE_CODES = {
 }
 
 
-def translate_error(error: sqlite3.Error) -> Exception:
-    """The exception to raise for a SQLite error: the error itself if our statement is at fault."""
+def translate_error(error: BaseException) -> BaseException:
+    """What to raise for a SQLite error; the error itself if it is not about the file or its lock."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code in BUSY_CODES:
         return DatabaseBusy("The database is busy.")
@@ -174,11 +157,10 @@ def translate_error(error: sqlite3.Error) -> Exception:
 
 def file_id(path: Path) -> tuple | None:
     """Device and inode, by which a file differs from another at its path; None without a file."""
-    try:
+    with contextlib.suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def timestamp(seconds_ago: float = 0) -> str:
@@ -246,13 +228,15 @@ class Database:
         self._is_lost = False  # whether the path no longer leads to the open file
         try:
             if read_only:
-                self._read_schema_version()
+                self._inspect_file()
             else:
                 self._open_writer()
-        except DatabaseBusy:
-            pass
-        except (DatabaseUnavailable, OSError) as error:
-            raise DatabaseError(f"{self.path}: {error}") from error
+        except (sqlite3.Error, OSError) as error:
+            failure = translate_error(error)
+            if isinstance(failure, sqlite3.Error):
+                raise
+            if not isinstance(failure, DatabaseBusy):
+                raise DatabaseError(f"{self.path}: {failure}") from error
 
     def close(self) -> None:
         """Close this thread's connections; those of other threads close when the threads end.
@@ -275,40 +259,35 @@ class Database:
         connection.set_trace_callback(self._trace)
         return connection
 
-    def _read_schema_version(self) -> int:
-        """The schema version of the file; 0 for a new one.
+    def _inspect_file(self) -> None:
+        """Raise DatabaseError for a file of another program or of a newer version of the shop, and
+        for one of an older version that may only be read.
 
-        Writes nothing, neither to the file nor next to it. Raises DatabaseError for a file of
-        another program or of a newer shop, and for an older one that may only be read.
+        Writes nothing, neither to the file nor next to it.
         """
         is_new = not self.path.exists() or self.path.stat().st_size == 0
         if self.path.exists() and not self.path.is_file():
             raise DatabaseError(f"{self.path} is not a file.")
         if is_new and not self.read_only:
-            return 0
-        try:
-            connecting = self._connect(self._inspection_mode(), self.lock_timeout)
-            with contextlib.closing(connecting) as connection:
-                header = connection.execute("""
-                    SELECT (SELECT user_version FROM pragma_user_version) AS version,
-                           (SELECT application_id FROM pragma_application_id) AS application_id,
-                           (SELECT count(*)
-                              FROM sqlite_schema
-                             WHERE name NOT LIKE '@_litestream%' ESCAPE '@') AS tables
-                """).fetchone()
-        except sqlite3.Error as error:
-            raise translate_error(error) from error
-        version = header["version"]
+            return
+        connecting = self._connect(self._inspection_mode(), self.lock_timeout)
+        with contextlib.closing(connecting) as connection:
+            [(version, application_id, tables)] = connection.execute("""
+                SELECT (SELECT user_version FROM pragma_user_version),
+                       (SELECT application_id FROM pragma_application_id),
+                       (SELECT count(*)
+                          FROM sqlite_schema
+                         WHERE name NOT LIKE '@_litestream%' ESCAPE '@')
+            """)
         self._reject_newer_schema(version)
-        is_empty = not version and not header["tables"]
-        if header["application_id"] != APPLICATION_ID and (self.read_only or not is_empty):
+        is_empty = not version and not tables
+        if application_id != APPLICATION_ID and (self.read_only or not is_empty):
             raise DatabaseError(f"{self.path} is the database of another program.")
         if self.read_only and version < SCHEMA_VERSION:
             raise DatabaseError(
                 f"{self.path} has schema {version}, but {SCHEMA_VERSION} is needed: "
                 "start the shop on it once, without READ_ONLY."
             )
-        return version
 
     def _inspection_mode(self) -> str:
         if self.path.with_name(self.path.name + "-journal").exists():
@@ -328,17 +307,11 @@ class Database:
 
     def _open_writer(self) -> None:
         """Open the connection that writes, and create or migrate the tables."""
-        self._read_schema_version()
-        try:
-            writer = self._connect("mode=rwc", self.lock_timeout)
-        except sqlite3.Error as error:
-            raise translate_error(error) from error
+        self._inspect_file()
+        writer = self._connect("mode=rwc", self.lock_timeout)
         try:
             self._configure_writer(writer)
             self._prepare_schema(writer)
-        except sqlite3.Error as error:
-            writer.close()
-            raise translate_error(error) from error
         except BaseException:
             writer.close()
             raise
@@ -401,14 +374,24 @@ class Database:
 
     def _read(self, sql: str, parameters: dict | tuple = ()) -> list[sqlite3.Row]:
         """All rows of a query, because a cursor left open would keep checkpoints incomplete."""
-        try:
-            if not self.read_only:
-                return self._reader().execute(sql, parameters).fetchall()
+        if self.read_only:
             # Litestream does not update SQLite's change counter when it writes pages into a copy,
             # and cannot write while another process has the file open in WAL mode: a connection
             # that stayed open would read old pages for ever, or block the updates.
-            with contextlib.closing(self._connect("mode=ro")) as reader:
-                return reader.execute(sql, parameters).fetchall()
+            return list(self._stream(sql, parameters))
+        try:
+            return self._reader().execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise translate_error(error) from error
+
+    def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
+        """The rows of a query one by one, from a connection of its own that closes after them."""
+        mode = "mode=ro" if self.read_only else "mode=rw"
+        try:
+            if not self.read_only:
+                self._reader()  # opens a file that was locked when the Store was made
+            with contextlib.closing(self._connect(mode)) as reader:
+                yield from reader.execute(sql, parameters)
         except sqlite3.Error as error:
             raise translate_error(error) from error
 
@@ -469,16 +452,13 @@ class Database:
                 [(version,)] = self._read("PRAGMA data_version")
                 return self._reader(), version  # each connection counts for itself
             return None
-        if self._wal.exists():  # changes in it leave the file's modification time alone
-            return None
-        try:
+        with contextlib.suppress(FileNotFoundError):
             file = self.path.stat()
-        except FileNotFoundError:
-            return None
-        # Two changes within one tick of the file system's clock have the same time.
-        if time.time_ns() - file.st_mtime_ns < 100_000_000:
-            return None
-        return file.st_ino, file.st_size, file.st_mtime_ns
+            # Changes in a WAL leave the file's modification time alone, and two changes within one
+            # tick of the file system's clock have the same time.
+            if not self._wal.exists() and time.time_ns() - file.st_mtime_ns >= 100_000_000:
+                return file.st_ino, file.st_size, file.st_mtime_ns
+        return None
 
     def _check_file(self) -> None:
         """Raise DatabaseUnavailable if the path no longer leads to the open file."""
@@ -489,8 +469,7 @@ class Database:
         if self._writer_thread in (None, threading.get_ident()):
             # The next start would replay the WAL into whatever file is at the path by then.
             with contextlib.suppress(sqlite3.Error):
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
+                self._writer.rollback()
             self._empty_wal(self._writer)
         if not was_lost:
             log.warning(f"{self.path} has been deleted or replaced: restart the shop.")
@@ -547,8 +526,8 @@ class Database:
             if self._writer.total_changes != changes:
                 self._write_error = None
         except BaseException as error:
-            if self._writer and self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
+            if self._writer:
+                self._writer.rollback()
             self._note_failure(error)
             raise
         finally:
@@ -566,7 +545,7 @@ class Database:
     def _require_transaction(self) -> None:
         # After a full disk or an I/O error SQLite may have rolled back by itself.
         if self._must_roll_back or not self._writer.in_transaction:
-            raise TransactionLost
+            raise TransactionLost("The transaction was rolled back.")
 
     def _commit(self) -> None:
         """COMMIT.
@@ -582,8 +561,7 @@ class Database:
             if failure.sqlite_errorcode != sqlite3.SQLITE_IOERR_FSYNC:
                 raise
             try:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
+                self._writer.rollback()
                 self._writer.execute(SMALL_WRITE)
             except sqlite3.Error as error:
                 raise OutcomeUnknown from error
@@ -591,10 +569,8 @@ class Database:
 
     def _note_failure(self, error: BaseException) -> None:
         """Translate a SQLite error, remember it for check_health(), and raise it."""
-        failure: BaseException = error
-        if isinstance(error, sqlite3.Error):
-            failure = translate_error(error)
-        elif isinstance(error, DatabaseError):
+        failure = translate_error(error)
+        if isinstance(error, DatabaseError):
             failure = DatabaseUnavailable(str(error))
         # A lock is not a fault, and the error behind a TransactionLost is remembered already.
         is_ignored = isinstance(failure, (DatabaseBusy, TransactionLost))
@@ -616,7 +592,7 @@ class Database:
 
     def _empty_wal(self, connection: sqlite3.Connection | None) -> None:
         """Fold the WAL into the file, as far as its readers allow."""
-        if self._checkpoints and connection and not connection.in_transaction:
+        if self._checkpoints and connection:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -694,7 +670,9 @@ class Store(Database):
         if after and not sort.endswith("id"):
             rows = self._read(SELECT_PRODUCT, {"id": after})
             if not rows:
-                raise UnknownPlace(after)
+                raise UnknownPlace(
+                    f"names product {after}, which does not exist: its place is unknown"
+                )
             parameters["value"] = fold(rows[0]["name"]) if by_name else rows[0]["price"]
         select = "SELECT " + columns + source
         return select_page(select, conditions, PRODUCT_ORDERS[sort], after), parameters
@@ -739,7 +717,10 @@ class Store(Database):
             if stock < 0:
                 raise InsufficientStock([shortage(product_id, -change, product["stock"])])
             if stock > MAX_STOCK:
-                raise ExcessiveStock(product["stock"])
+                room = MAX_STOCK - product["stock"]
+                raise ExcessiveStock(
+                    f"must be at most {room}, to keep the stock within {MAX_STOCK}"
+                )
             return self._save_product(connection, {**product, "stock": stock}, product, note)
 
     def list_movements(
@@ -834,17 +815,6 @@ class Store(Database):
         """
         days = {"first": first_day, "end": last_day and last_day + "T23:59:59Z"}
         yield from map(dict, self._stream(SELECT_EXPORTED_LINES, days))
-
-    def _stream(self, sql: str, parameters: dict | tuple = ()) -> Iterator[sqlite3.Row]:
-        """The rows of a query one by one, from a connection of its own that closes after them."""
-        mode = "mode=ro" if self.read_only else "mode=rw"
-        try:
-            if not self.read_only:
-                self._reader()  # opens a file that was locked when the Store was made
-            with contextlib.closing(self._connect(mode)) as reader:
-                yield from reader.execute(sql, parameters)
-        except sqlite3.Error as error:
-            raise translate_error(error) from error
 
     def import_products(self, rows: Iterable[dict]) -> tuple[int, int, int]:
         """Add and change products, row by row, in one transaction.
@@ -985,7 +955,7 @@ class Store(Database):
         if shortages:
             raise InsufficientStock(shortages)
         if total > MAX_TOTAL:
-            raise ExcessiveTotal
+            raise ExcessiveTotal(f"make a total over {MAX_TOTAL // 100}")
         # The check above only explains a shortage: this statement both checks and deducts.
         changed = connection.executemany(
             """
@@ -1226,7 +1196,7 @@ def merge(item: dict, fields: dict) -> dict:
         metadata = {**metadata, **fields["metadata"]}
         metadata = {name: value for name, value in metadata.items() if value is not None}
     if len(metadata) > MAX_METADATA:
-        raise ExcessiveMetadata(len(metadata))
+        raise ExcessiveMetadata(f"must have at most {MAX_METADATA} entries, not {len(metadata)}")
     return {**item, **fields, "metadata": metadata}
 
 
