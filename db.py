@@ -534,13 +534,7 @@ class Database:
             self._writer_thread = None
             self._writer_lock.release()
 
-    def batch(self) -> contextlib.AbstractContextManager[object]:
-        """A transaction for the writes of many requests, which then share one commit.
-
-        Each write is a step of it. Raises as transaction() does: a lock that is not free before
-        the block runs, a lost step or a failed commit after it.
-        """
-        return self.transaction()
+    batch = transaction  # for the writes of many requests, which then share one commit
 
     def _require_transaction(self) -> None:
         # After a full disk or an I/O error SQLite may have rolled back by itself.
@@ -644,25 +638,21 @@ class Store(Database):
     ) -> tuple[str, dict]:
         """The statement of list_products() for these columns, and its parameters."""
         words = sorted(set(fold(q or "").split()), key=len)
-        conditions = []
-        if available is not None:
-            conditions.append("(stock > 0) = :available")
-        if sku is not None:
-            conditions.append("sku = :sku")
-        if sku:
-            conditions.append("sku <> ''")  # lets SQLite use the partial index
-        if words:
-            conditions.append(HAS_LONGEST_WORD)
-        if len(words) > 1:
-            conditions.append(HAS_OTHER_WORDS)
+        conditions = {
+            "(stock > 0) = :available": available is not None,
+            "sku = :sku": sku is not None,
+            "sku <> ''": sku,  # lets SQLite use the partial index
+            HAS_LONGEST_WORD: words,
+            HAS_OTHER_WORDS: words[1:],
+        }
         by_name = sort.endswith("name")
         source = " FROM product"
         if words or by_name:
             source = FOUND_PRODUCT if sku else SEARCHED_PRODUCTS
         parameters: dict[str, Any] = {
             "sku": sku,
-            "longest_word": words.pop() if words else None,
-            "other_words": json.dumps(words),
+            "longest_word": words[-1] if words else None,
+            "other_words": json.dumps(words[:-1]),
             "available": available,
             "after": after,
             "limit": -1 if limit is None else limit + 1,
@@ -715,7 +705,8 @@ class Store(Database):
             product = read_to_change(connection, "product", product_id, if_match)
             stock = product["stock"] + change
             if stock < 0:
-                raise InsufficientStock([shortage(product_id, -change, product["stock"])])
+                taken = {"requested": -change, "available": product["stock"]}
+                raise InsufficientStock([{"product_id": product_id, **taken}])
             if stock > MAX_STOCK:
                 room = MAX_STOCK - product["stock"]
                 raise ExcessiveStock(
@@ -733,7 +724,9 @@ class Store(Database):
         """
         self.get_product(product_id)
         rows = self._read(
-            select_page(SELECT_MOVEMENTS, ["product_id = :product_id"], ID_ORDERS[sort], after),
+            select_page(
+                SELECT_MOVEMENTS, {"product_id = :product_id": True}, ID_ORDERS[sort], after
+            ),
             {"product_id": product_id, "after": after, "limit": limit + 1},
         )
         movements, next_after = cut_page(rows, limit)
@@ -766,10 +759,18 @@ class Store(Database):
         [row] = connection.execute(statement, encode(product)).fetchall()
         texts = ("name", "description")
         if before is None or any(row[name] != before[name] for name in texts):
-            connection.execute(SAVE_SEARCH, search_row(row))
+            fill_search(connection, row["id"], row["id"])
         change = row["stock"] - (before["stock"] if before else 0)
         if change:
-            self._record_movement(connection, row["id"], change, note=note)
+            connection.execute(
+                """
+                INSERT INTO movement (product_id, id, change, stock, note, created_at)
+                SELECT id, movements, :change, stock, :note, :now
+                  FROM product
+                 WHERE id = :id
+                """,
+                {"id": row["id"], "change": change, "note": note, "now": timestamp()},
+            )
         return decode(row)
 
     @staticmethod
@@ -779,28 +780,6 @@ class Store(Database):
         other = connection.execute(sql, {"sku": sku}).fetchone()
         if other:
             raise DuplicateSku(other["id"], sku)
-
-    @staticmethod
-    def _record_movement(
-        connection: sqlite3.Connection,
-        product_id: int,
-        change: int,
-        *,
-        order_id: int | None = None,
-        note: str = "",
-    ) -> None:
-        """Add the latest change of a product's stock to the ledger."""
-        movement = {"id": product_id, "change": change, "order_id": order_id, "note": note}
-        connection.execute("UPDATE product SET movements = movements + 1 WHERE id = :id", movement)
-        connection.execute(
-            """
-            INSERT INTO movement (product_id, id, change, stock, order_id, note, created_at)
-            SELECT id, movements, :change, stock, :order_id, :note, :now
-              FROM product
-             WHERE id = :id
-            """,
-            {**movement, "now": timestamp()},
-        )
 
     # --- spreadsheets
 
@@ -829,8 +808,8 @@ class Store(Database):
             for row in rows:
                 counts[self._import_product(connection, row)] += 1
             # All new products at once take a quarter of the time that _save_product would.
-            fill_search(connection, after=last)
-            open_balances(connection, after=last, note="import")
+            fill_search(connection, last + 1)
+            open_balances(connection, last + 1, "import")
         return counts["added"], counts["changed"], counts["unchanged"]
 
     def _import_product(self, connection: sqlite3.Connection, row: dict) -> str:
@@ -863,27 +842,24 @@ class Store(Database):
         status, reference: what an order must have. sort: a key of ID_ORDERS. after: the id to
         continue after; 0 starts at the beginning. limit: orders per page.
         """
-        conditions = []
-        if status is not None:
-            # The + bars the index of statuses: far fewer orders share a reference than a status.
-            conditions.append("+status = :status" if reference else "status = :status")
-        if reference is not None:
-            conditions.append("reference = :reference")
-        if reference:
-            conditions.append("reference <> ''")  # lets SQLite use the partial index
+        # The + bars the index of statuses: far fewer orders share a reference than a status.
+        has_status = "+status = :status" if reference else "status = :status"
+        conditions = {
+            has_status: status is not None,
+            "reference = :reference": reference is not None,
+            "reference <> ''": reference,  # lets SQLite use the partial index
+        }
         rows = self._read(
             select_page(SELECT_ORDERS, conditions, ID_ORDERS[sort], after),
             {"status": status, "reference": reference, "after": after, "limit": limit + 1},
         )
-        page, next_after = cut_page(rows, limit)
-        orders = [decode(row) for row in page]
-        # Lines never change, so it does not matter that a second statement reads them.
-        return with_lines(orders, self._read(SELECT_LINES, ids_of(orders))), next_after
+        orders, next_after = cut_page(rows, limit)
+        return with_lines(map(decode, orders), self._read), next_after
 
     def get_order(self, order_id: int) -> dict:
         """The order with its lines, money in cents. Raises NotFound."""
         order = only_row("order", order_id, self._read(SELECT_ORDER, {"id": order_id}))
-        return with_lines([order], self._read(SELECT_LINES, ids_of([order])))[0]
+        return with_lines([order], self._read)[0]
 
     def create_order(
         self, products: list[dict], reference: str = "", metadata: dict | None = None
@@ -944,7 +920,8 @@ class Store(Database):
                 continue
             name, price, stock, movements, sku = product
             if stock < quantity:
-                shortages.append(shortage(product_id, quantity, stock))
+                short = {"product_id": product_id, "requested": quantity, "available": stock}
+                shortages.append(short)
                 continue
             total += price * quantity
             taken.append(
@@ -993,8 +970,7 @@ class Store(Database):
                 )
             if order["status"] != before["status"] and order["status"] == "cancelled":
                 self._put_stock_back(connection, order_id)
-            lines = connection.execute(SELECT_LINES, ids_of([order])).fetchall()
-        return with_lines([order], lines)[0]
+            return with_lines([order], connection.execute)[0]
 
     def expire_orders(self, before: str, *, limit: int = 4) -> int:
         """Cancel at most `limit` pending orders created before a timestamp(); return how many.
@@ -1011,21 +987,23 @@ class Store(Database):
                 self._put_stock_back(connection, order_id)
         return len(due)
 
-    def _put_stock_back(self, connection: sqlite3.Connection, order_id: int) -> None:
+    @staticmethod
+    def _put_stock_back(connection: sqlite3.Connection, order_id: int) -> None:
         """Put back what an order took, if the product still exists and up to MAX_STOCK."""
-        lines = connection.execute(
+        movements = connection.execute(
             """
-            SELECT product_id, min(quantity, :max - product.stock) AS change
+            INSERT INTO movement (product_id, id, change, stock, order_id, created_at)
+            SELECT product_id, movements + 1, min(quantity, :max - product.stock),
+                   min(quantity + product.stock, :max), order_id, :now
               FROM order_line JOIN product ON product.id = product_id
-             WHERE order_id = :id
+             WHERE order_id = :id AND product.stock < :max
+         RETURNING stock, id, product_id
             """,
-            {"id": order_id, "max": MAX_STOCK},
+            {"id": order_id, "max": MAX_STOCK, "now": timestamp()},
         ).fetchall()
-        for product_id, change in lines:
-            if change:
-                given_back = (change, product_id)
-                connection.execute("UPDATE product SET stock = stock + ? WHERE id = ?", given_back)
-                self._record_movement(connection, product_id, change, order_id=order_id)
+        connection.executemany(
+            "UPDATE product SET stock = ?, movements = ? WHERE id = ?", movements
+        )
 
     # --- idempotency keys
 
@@ -1142,10 +1120,16 @@ SELECT_EXPORTED_LINES = """
 """
 
 
-def select_page(select: str, conditions: list[str], order: tuple[str, str], after: int) -> str:
-    """The statement for a page, composed of constants so that it can use the order's index."""
+def select_page(
+    select: str, conditions: dict[str, Any], order: tuple[str, str], after: int
+) -> str:
+    """The statement for a page, composed of constants so that it can use the order's index.
+
+    conditions: whether each applies.
+    """
     continuation, order_by = order
-    where = " AND ".join([continuation if after else "TRUE", *conditions])
+    applied = [condition for condition, applies in conditions.items() if applies]
+    where = " AND ".join([continuation if after else "TRUE", *applied])
     return " ".join([select, "WHERE", where, "ORDER BY", order_by, "LIMIT :limit"])
 
 
@@ -1200,53 +1184,62 @@ def merge(item: dict, fields: dict) -> dict:
     return {**item, **fields, "metadata": metadata}
 
 
-def ids_of(rows: list) -> dict:
-    return {"ids": json.dumps([row["id"] for row in rows])}
+def with_lines(orders: Iterable[dict], read: Callable[..., Iterable]) -> list[dict]:
+    """The orders with their lines, which a second query may read because they never change.
 
-
-def with_lines(orders: list[dict], lines: list[sqlite3.Row]) -> list[dict]:
-    """The orders, each with its lines."""
+    read: runs that query.
+    """
     by_id: dict[int, dict] = {order["id"]: {**order, "lines": []} for order in orders}
-    for row in lines:
+    for row in read(SELECT_LINES, {"ids": json.dumps(list(by_id))}):
         line = dict(row)
         by_id[line.pop("order_id")]["lines"].append(line)
     return list(by_id.values())
 
 
-def shortage(product_id: int, requested: int, available: int) -> dict:
-    """An item of InsufficientStock.shortages, in pieces."""
-    return {"product_id": product_id, "requested": requested, "available": available}
-
-
 PRODUCT_DEFAULTS: dict = {"id": None, "description": "", "stock": 0, "sku": "", "metadata": {}}
 SAVE_PRODUCT = """
-    INSERT INTO product (id, name, description, price, stock, sku, metadata)
-    VALUES (:id, :name, :description, :price, :stock, :sku, :metadata)
+    INSERT INTO product (id, name, description, price, stock, movements, sku, metadata)
+    VALUES (:id, :name, :description, :price, :stock, :stock > 0, :sku, :metadata)
         ON CONFLICT (id) DO UPDATE
        SET name = excluded.name, description = excluded.description,
            price = excluded.price, stock = excluded.stock,
+           movements = movements + (stock <> excluded.stock),
            sku = excluded.sku, metadata = excluded.metadata
-"""
-SAVE_SEARCH = """
-    INSERT OR REPLACE INTO product_search (id, folded_name, folded_description)
-    VALUES (:id, :name, :description)
 """
 
 
 def open_balances(
-    connection: sqlite3.Connection, after: int = 0, note: str = "opening balance"
+    connection: sqlite3.Connection, first: int = 1, note: str = "opening balance"
 ) -> None:
-    """Begin the ledger of each product whose id is greater than `after` with its stock."""
+    """Begin the ledger of each product, from the first of these ids, with its stock."""
     connection.execute(
         """
         INSERT INTO movement (product_id, id, change, stock, note, created_at)
-        SELECT id, 1, stock, stock, :note, :now
+        SELECT id, movements, stock, stock, :note, :now
           FROM product
-         WHERE id > :after AND stock > 0
+         WHERE id >= :first AND stock > 0
         """,
-        {"after": after, "note": note, "now": timestamp()},
+        {"first": first, "note": note, "now": timestamp()},
     )
-    connection.execute("UPDATE product SET movements = 1 WHERE id > ? AND stock > 0", (after,))
+
+
+def fill_search(connection: sqlite3.Connection, first: int = 1, last: int = MAX_ID) -> None:
+    """Make the products from the first to the last of these ids searchable."""
+    products = connection.execute(
+        """
+        SELECT id, name, description
+          FROM product
+         WHERE id BETWEEN :first AND :last
+        """,
+        {"first": first, "last": last},
+    )
+    connection.executemany(
+        """
+        INSERT OR REPLACE INTO product_search (id, folded_name, folded_description)
+        VALUES (?, ?, ?)
+        """,
+        ((row["id"], fold(row["name"]), fold(row["description"])) for row in products),
+    )
 
 
 # Letters that Unicode does not decompose, and characters that people type instead of an apostrophe
@@ -1272,10 +1265,6 @@ def fold(text: str) -> str:
     return folded.casefold().translate(SPELLINGS)
 
 
-def search_row(product: dict | sqlite3.Row) -> dict:
-    return {"id": product["id"]} | {text: fold(product[text]) for text in ("name", "description")}
-
-
 # ------------------------------------------------------------------------------------ migrations
 # An older file is migrated in one transaction: first the `alter` statements of all pending
 # migrations change its tables, then schema.sql creates the missing tables and indexes, then each
@@ -1289,12 +1278,6 @@ class Migration(NamedTuple):
     fill: Callable[[sqlite3.Connection], None] = lambda connection: None
 
 
-def fill_search(connection: sqlite3.Connection, after: int = 0) -> None:
-    """Make each product whose id is greater than `after` searchable."""
-    products = connection.execute(SELECT_PRODUCTS + " WHERE id > ?", (after,))
-    connection.executemany(SAVE_SEARCH, map(search_row, products))
-
-
 MIGRATIONS = [
     Migration(),  # 0 to 1: a new file
     Migration(),  # 1 to 2: product_search, which 6 to 7 replaces
@@ -1305,6 +1288,7 @@ MIGRATIONS = [
     Migration(  # 4 to 5: the ledger, orders_pending_by_time
         alter=(
             "ALTER TABLE product ADD COLUMN movements INTEGER NOT NULL DEFAULT 0",
+            "UPDATE product SET movements = 1 WHERE stock > 0",
             "ALTER TABLE order_line ADD COLUMN stock INTEGER",
             "ALTER TABLE order_line ADD COLUMN movement_id INTEGER",
         ),
@@ -1392,13 +1376,13 @@ def backup(
         summary["bytes"] = partial.stat().st_size
         partial.replace(target)
         flush_file(target.parent)
+        return summary
     except (OSError, sqlite3.Error) as error:
         raise DatabaseError(f"{target} cannot be written: {error}.") from error
     finally:
         for suffix in "", "-journal", "-wal", "-shm":
             with contextlib.suppress(OSError):
                 partial.with_name(partial.name + suffix).unlink()
-    return summary
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -1418,18 +1402,13 @@ def remove_partial_copies(target: Path) -> None:
     name = re.compile(re.escape(target.name) + r"\.partial-([0-9]+)(-journal|-wal|-shm)?")
     for file in target.parent.iterdir():
         match = name.fullmatch(file.name)
-        if match and not is_running(int(match[1])):
-            file.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's process
-    return True
+        if match:
+            try:
+                os.kill(int(match[1]), 0)  # only asks whether the process runs
+            except PermissionError:
+                pass  # it does, for another user
+            except (ProcessLookupError, OverflowError):
+                file.unlink(missing_ok=True)
 
 
 def copy_database(source: Store, target: Path, progress: Callable[[int, int], object]) -> dict:
@@ -1440,7 +1419,9 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
     ):
         # Without a read transaction each order placed meanwhile would restart the copy.
         reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM product").fetchall()
+        [(products, orders)] = reader.execute("""
+            SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
+        """)
         reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
         [(mode,)] = copy.execute("PRAGMA journal_mode = DELETE")  # a single file, without a WAL
         if mode != "delete":
@@ -1448,9 +1429,6 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
         [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
         if verdict != "ok":
             raise DatabaseError(f"The copy is damaged: {verdict}")
-        [(products, orders)] = copy.execute("""
-            SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
-        """)
     return {"products": products, "orders": orders}
 
 
