@@ -1,15 +1,15 @@
 """The database of the shop: connections, transactions and every SQL statement.
 
-HTTP is left to shop.py, and schema.sql enforces what must always be true. Money is whole cents in
-every argument and result, stock is in pieces, and times are UTC, written as 2026-11-22T10:15:30Z.
-A Store may be shared by many threads: each reads through its own connection, and all write through
-the same one.
+HTTP is left to shop.py, and schema.sql enforces what must always be true. Money is whole cents,
+stock is in pieces, and times are UTC, written as 2026-11-22T10:15:30Z. Many threads may share a
+Store: each reads through its own connection, and all write through the same one.
 
     store = Store("db.sqlite3")
     mug = store.create_product(name="Mug", price=999, stock=5)
     store.create_order([{"product_id": mug["id"], "quantity": 2}])
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -36,7 +36,7 @@ SQLITE_VERSION = sqlite3.sqlite_version
 KEY_TTL = 24 * 3600  # seconds
 PURGE_LIMIT = 4  # expired idempotency keys that are deleted when one is saved
 WAL_LIMIT = 64 << 20  # bytes by which the WAL may grow before it is folded into the file
-SMALL_WRITE = "PRAGMA application_id = 1397247824"  # writes a page, although the value is the same
+SMALL_WRITE = "PRAGMA application_id = 1397247824"  # writes a page even if the value is the same
 
 log = logging.getLogger("shop")
 
@@ -52,7 +52,7 @@ class NotFound(Exception):
 
 
 class UnknownProducts(Exception):
-    """Lines of an order name missing products; `lines` maps their positions to product ids."""
+    """An order names missing products; `lines` maps positions of lines to product ids."""
 
     def __init__(self, lines: dict[int, int]):
         super().__init__(f"There are no products {', '.join(map(str, lines.values()))}.")
@@ -64,7 +64,7 @@ class UnknownPlace(Exception):
 
 
 class InsufficientStock(Exception):
-    """`shortages` is a dict for each short line: product_id, requested and available pieces."""
+    """`shortages` has a dict for each short line: product_id, requested and available pieces."""
 
     def __init__(self, shortages: list[dict]):
         sentence = "Product {product_id} has {available} left, {requested} were asked for."
@@ -112,11 +112,11 @@ class DatabaseUnavailable(Exception):
 
 
 class TransactionLost(DatabaseUnavailable):
-    """The transaction cannot commit, because one of its steps failed after a change."""
+    """The transaction was rolled back, because one of its steps failed after a change."""
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """A commit failed, and its changes may or may not exist after a crash."""
+    """A commit failed, and its changes may or may not be there after a crash."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -146,7 +146,7 @@ UNAVAILABLE_CODES = {
 
 
 def translate_error(error: BaseException) -> BaseException:
-    """What to raise for a SQLite error; the error itself if it is not about the file or its lock."""
+    """What to raise for a SQLite error: itself if neither the file nor a lock is the cause."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code in BUSY_CODES:
         return DatabaseBusy("The database is busy.")
@@ -156,7 +156,7 @@ def translate_error(error: BaseException) -> BaseException:
 
 
 def file_id(path: Path) -> tuple | None:
-    """Device and inode, by which a file differs from another at its path; None without a file."""
+    """Device and inode, which another file at the same path would not have; None without a file."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_dev, status.st_ino
@@ -174,7 +174,7 @@ def format_time(seconds: int) -> str:
 
 
 def etag(row: dict | sqlite3.Row) -> str:
-    """A short text that two rows of a table share only if all their columns are equal."""
+    """A short text, the same for two rows of a table only if all their columns are equal."""
     return hashlib.blake2b(repr(tuple(dict(row).values())).encode(), digest_size=12).hexdigest()
 
 
@@ -190,13 +190,13 @@ class Database:
 
     path: the file, created if it does not exist. lock_timeout: seconds that a write waits for the
     lock. read_only: open a copy that another process keeps up to date; writes then fail.
-    checkpoints: fold the WAL into the file now and then. Only one process should, the one that
-    serves or Litestream: SQLite before 3.51.3 can damage a file that two processes write and
-    checkpoint at the same moment. trace: called with the text of every statement.
+    checkpoints: fold the WAL into the file now and then. Only one process should, the server or
+    Litestream: SQLite before 3.51.3 can damage a file that two processes write and checkpoint at
+    the same moment. trace: called with the text of every statement.
 
-    Raises DatabaseError for a file that is not a database, belongs to another program, was made by
-    a newer version of the shop, or cannot be written. A locked file is not an error: the first
-    call that finds it unlocked opens it.
+    Raises DatabaseError for a file that is not a database, belongs to another program or a newer
+    version of the shop, or cannot be written. A locked file is no error: the first call that finds
+    it unlocked opens it.
     """
 
     def __init__(
@@ -218,14 +218,14 @@ class Database:
         self._trace = trace
         self._writer: Any = None  # a sqlite3.Connection, once open
         self._writer_lock = threading.Lock()
-        self._writer_thread: int | None = None  # that is inside a transaction
+        self._writer_thread: int | None = None  # the thread inside a transaction
         self._local = threading.local()  # .reader: the thread's own connection for reading
         self._must_roll_back = False  # because a step of the transaction failed after a change
         self._write_error: Exception | None = None  # why the last write failed, if it did
-        self._next_trial = 0.0  # when check_health() may try a write, by the monotonic clock
+        self._next_trial = 0.0  # on the monotonic clock: when check_health() may try a write
         self._file_id: tuple | None = None  # of the open file
-        self._next_check = 0.0  # when to compare it again, by the monotonic clock
-        self._is_lost = False  # whether the path no longer leads to the open file
+        self._next_check = 0.0  # on the monotonic clock: when to compare the file_id() again
+        self._is_lost = False  # whether the open file has been deleted or replaced
         try:
             if read_only:
                 self._inspect_file()
@@ -241,7 +241,7 @@ class Database:
     def close(self) -> None:
         """Close this thread's connections; those of other threads close when the threads end.
 
-        The last connection of all processes folds the WAL into the file, under an exclusive lock.
+        The last connection of all processes folds the WAL into the file as it closes.
         """
         for connection in getattr(self._local, "reader", None), self._writer:
             if connection:
@@ -260,11 +260,7 @@ class Database:
         return connection
 
     def _inspect_file(self) -> None:
-        """Raise DatabaseError for a file of another program or of a newer version of the shop, and
-        for one of an older version that may only be read.
-
-        Writes nothing, neither to the file nor next to it.
-        """
+        """Raise DatabaseError if the file cannot be the shop's. Creates and writes no file."""
         is_new = not self.path.exists() or self.path.stat().st_size == 0
         if self.path.exists() and not self.path.is_file():
             raise DatabaseError(f"{self.path} is not a file.")
@@ -296,7 +292,7 @@ class Database:
             return "mode=rw"
         if self._wal.exists():
             return "mode=ro"
-        return "mode=ro&immutable=1"  # the file is complete; this mode creates no -wal or -shm
+        return "mode=ro&immutable=1"  # the file is complete; "mode=ro" would create -wal and -shm
 
     def _reject_newer_schema(self, version: int) -> None:
         if version > SCHEMA_VERSION:
@@ -306,7 +302,7 @@ class Database:
             )
 
     def _open_writer(self) -> None:
-        """Open the connection that writes, and create or migrate the tables."""
+        """Open the connection that writes; create or migrate the tables."""
         self._inspect_file()
         writer = self._connect("mode=rwc", self.lock_timeout)
         try:
@@ -327,25 +323,24 @@ class Database:
         writer.execute("PRAGMA checkpoint_fullfsync = ON")
         writer.execute("PRAGMA foreign_keys = ON")
         writer.execute("PRAGMA journal_size_limit = 67108864")  # a large WAL shrinks again
-        if self._checkpoints:
-            # 16 MiB of WAL, not 4: a page that many orders change is then written back once.
-            writer.execute("PRAGMA wal_autocheckpoint = 4000")
-        else:
+        # 16 MiB of WAL, not 4, so that a page that many orders change is written back once.
+        writer.execute("PRAGMA wal_autocheckpoint = 4000")
+        if not self._checkpoints:
             writer.execute("PRAGMA wal_autocheckpoint = 0")
 
     def _prepare_schema(self, writer: sqlite3.Connection) -> None:
         """Migrate an older file in one transaction, so that a crash leaves it unchanged.
 
         On a current file, a write that is rolled back shows at the start, not at the first order,
-        whether the file can be written. BEGIN IMMEDIATE does not show it: if the file cannot be
-        written, SQLite silently begins a read transaction.
+        whether the file can be written. BEGIN IMMEDIATE would not show it: on a file that cannot
+        be written, SQLite silently begins a read transaction.
         """
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         try:
             writer.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if version == SCHEMA_VERSION and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                return  # another process is writing; reads need not wait for it
+                return  # another process writes, and reads need not wait for it
             raise
         version = writer.execute("PRAGMA user_version").fetchone()["user_version"]
         self._reject_newer_schema(version)
@@ -375,9 +370,8 @@ class Database:
     def _read(self, sql: str, parameters: dict | tuple = ()) -> list[sqlite3.Row]:
         """All rows of a query, because a cursor left open would keep checkpoints incomplete."""
         if self.read_only:
-            # Litestream does not update SQLite's change counter when it writes pages into a copy,
-            # and cannot write while another process has the file open in WAL mode: a connection
-            # that stayed open would read old pages for ever, or block the updates.
+            # Litestream writes pages without SQLite's change counter, and none while a connection
+            # is open in WAL mode: one that stayed open would read old pages, or block new ones.
             return list(self._stream(sql, parameters))
         try:
             return self._reader().execute(sql, parameters).fetchall()
@@ -389,7 +383,7 @@ class Database:
         mode = "mode=ro" if self.read_only else "mode=rw"
         try:
             if not self.read_only:
-                self._reader()  # opens a file that was locked when the Store was made
+                self._reader()  # checks the file, or opens one that was locked before
             with contextlib.closing(self._connect(mode)) as reader:
                 yield from reader.execute(sql, parameters)
         except sqlite3.Error as error:
@@ -398,7 +392,7 @@ class Database:
     def check_health(self) -> None:
         """Read the database; after a failed write also try a small one, at most once a second.
 
-        Raises DatabaseUnavailable if either fails. Waits for no lock.
+        Waits for no lock. Raises DatabaseUnavailable if either fails.
         """
         try:
             self._read("SELECT id FROM product LIMIT 1")
@@ -416,9 +410,9 @@ class Database:
 
     @contextlib.contextmanager
     def _second_writer(self) -> Iterator[sqlite3.Connection]:
-        """A connection that waits for no lock, to write while no thread has a transaction.
+        """A connection that waits for no lock, to write while no thread is in a transaction.
 
-        Raises DatabaseBusy if one has, DatabaseUnavailable if the file has been replaced.
+        Raises DatabaseBusy if one is, DatabaseUnavailable if the file has been replaced.
         """
         self._check_file()
         if not self._writer_lock.acquire(blocking=False):
@@ -430,38 +424,37 @@ class Database:
             self._writer_lock.release()
 
     def checkpoint_if_large(self) -> None:
-        """Fold a WAL that other processes have made large into the file.
+        """Fold a WAL that other processes have made large into the file, if that is possible now.
 
-        They leave that to the process that serves, whose own commits checkpoint otherwise. Meant
-        to be called about once a second: it waits for no lock, raises nothing if it cannot be done
-        now, and only looks at the size of a WAL that is small.
+        To be called about once a second by the server, whose own commits checkpoint by themselves.
+        Waits for no lock, raises nothing, and costs one stat() while the WAL is small.
         """
         with contextlib.suppress(OSError, sqlite3.Error, DatabaseUnavailable):
             if self._writer and self._checkpoints and self._has_large_wal():
                 with self._second_writer() as connection:
                     # While nobody can write, the checkpoint reaches the end of the WAL, and nobody
-                    # resets the WAL under it, which SQLite before 3.51.3 might not notice.
+                    # starts the WAL over under it, which SQLite before 3.51.3 might not notice.
                     connection.execute("BEGIN IMMEDIATE")
                     self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
                     self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def data_version(self) -> object:
-        """A value that differs after every change of the data; None while that is unknown."""
+        """A value that is another after every change of the data; None while it is unknown."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
                 [(version,)] = self._read("PRAGMA data_version")
-                return self._reader(), version  # each connection counts for itself
+                return self._reader(), version  # each connection has its own count
             return None
         with contextlib.suppress(FileNotFoundError):
             file = self.path.stat()
-            # Changes in a WAL leave the file's modification time alone, and two changes within one
-            # tick of the file system's clock have the same time.
+            # The modification time misses what is in the WAL, and the second of two changes in one
+            # tick of the file system's clock.
             if not self._wal.exists() and time.time_ns() - file.st_mtime_ns >= 100_000_000:
                 return file.st_ino, file.st_size, file.st_mtime_ns
         return None
 
     def _check_file(self) -> None:
-        """Raise DatabaseUnavailable if the path no longer leads to the open file."""
+        """Raise DatabaseUnavailable if the open file has been deleted or replaced."""
         was_lost = self._is_lost
         self._is_lost = file_id(self.path) != self._file_id
         if not self._is_lost:
@@ -479,15 +472,13 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a block of writes that take effect together or not at all.
 
-        Yields the connection that writes. Commits at the end of the block; rolls back if the block
-        raises.
+        Yields the connection that writes. Commits at the end of the block, rolls back if it raises.
 
         Inside another transaction of the same thread, the block is a step of the outer one, and
         only the outer one commits. A step that raises before its first change leaves the outer one
-        intact. After a step that raises later, the outer one cannot commit, even if the error is
-        caught: it rolls back and raises TransactionLost. A savepoint could undo the step alone,
-        but SQLite would copy every page before changing it, a tenth of the CPU of an order, and
-        a step that checks everything before its first change does not need one.
+        intact; after one that raises later, the outer one rolls back and raises TransactionLost,
+        even if the error was caught. (A savepoint could undo the step alone, but would take a tenth
+        of the CPU of an order, since SQLite copies each page before it is changed.)
 
         Raises DatabaseBusy if the write lock is not free within lock_timeout seconds,
         OutcomeUnknown if the disk fails during the commit, or another DatabaseUnavailable.
@@ -511,12 +502,12 @@ class Database:
             raise DatabaseBusy("The database is busy.")
         try:
             if self._write_error:
-                self._empty_wal(self._writer)  # or it would take the space that has been freed
+                self._empty_wal(self._writer)  # or it would take the space that was freed since
             self._close_large_wal()
             if not self._writer:
                 self._open_writer()  # the file was locked when the Store was made
-            # IMMEDIATE takes the write lock before the first read, so the stock that is checked
-            # is the stock that is deducted.
+            # IMMEDIATE takes the write lock before the first read, so that the stock that is
+            # checked is the stock that is deducted.
             self._writer.execute("BEGIN IMMEDIATE")
             self._writer_thread = threading.get_ident()
             self._must_roll_back = False
@@ -534,17 +525,17 @@ class Database:
             self._writer_thread = None
             self._writer_lock.release()
 
-    batch = transaction  # for the writes of many requests, which then share one commit
+    batch = transaction  # of many requests: the writes of each are a step, all share one commit
 
     def _require_transaction(self) -> None:
-        # After a full disk or an I/O error SQLite may have rolled back by itself.
+        # SQLite itself may have rolled back, after a full disk or an I/O error.
         if self._must_roll_back or not self._writer.in_transaction:
             raise TransactionLost("The transaction was rolled back.")
 
     def _commit(self) -> None:
         """COMMIT.
 
-        If its fsync fails, the frames stay in the WAL and could be replayed after a crash; a small
+        If its fsync fails, the frames stay in the WAL and could be replayed after a crash. A small
         committed write overwrites the first of them, which makes the rest void.
         """
         self._require_transaction()
@@ -566,7 +557,7 @@ class Database:
         failure = translate_error(error)
         if isinstance(error, DatabaseError):
             failure = DatabaseUnavailable(str(error))
-        # A lock is not a fault, and the error behind a TransactionLost is remembered already.
+        # A lock is no fault, and the one behind a TransactionLost has been remembered.
         is_ignored = isinstance(failure, (DatabaseBusy, TransactionLost))
         if isinstance(failure, DatabaseUnavailable) and not is_ignored:
             self._write_error = failure
@@ -604,10 +595,10 @@ class Store(Database):
     def list_products(self, **query: Any) -> tuple[list[dict], int | None]:
         """The products, all of them or a page, and the id to continue after, or None.
 
-        q: words that must all occur in name or description, both compared by fold(). sku: the
-        sku that a product must have; "" for none. available: True for products with stock, False
-        for those without. sort: a key of PRODUCT_ORDERS. after: the id to continue after; 0 starts
-        at the beginning. limit: products per page. All are optional. Raises UnknownPlace.
+        All arguments are optional. q: words that must all occur in name or description, compared
+        by fold(). sku: the sku that a product must have; "" for none. available: whether it must
+        be in stock, or must not. sort: a key of PRODUCT_ORDERS. after: the id to continue after;
+        0 starts at the beginning. limit: products per page. Raises UnknownPlace.
         """
         sql, parameters = self._select_products(PRODUCT_COLUMNS, **query)
         rows, next_after = cut_page(self._read(sql, parameters), query.get("limit"))
@@ -616,7 +607,7 @@ class Store(Database):
     def list_products_json(self, **query: Any) -> tuple[str, int | None]:
         """Like list_products(), but as JSON objects joined by commas, with prices as decimals.
 
-        SQLite writes the JSON three times as fast as json.dumps, and lets other threads run.
+        SQLite writes JSON three times as fast as json.dumps, while other threads may run.
         """
         sql, parameters = self._select_products(PRODUCT_JSON, **query)
         if query.get("limit") is None:
@@ -750,8 +741,8 @@ class Store(Database):
     ) -> dict:
         """Write a product, its search texts and the change of its stock; return the product.
 
-        product: has the id None if it is new. before: the product before the change. note: why
-        the stock changes. Raises DuplicateSku.
+        product: its id is None if it is new. before: the product before the change. note: why the
+        stock changes. Raises DuplicateSku.
         """
         if before is None or product["sku"] != before["sku"]:
             self._require_free_sku(connection, product["sku"])
@@ -784,13 +775,13 @@ class Store(Database):
     # --- spreadsheets
 
     def export_products(self) -> Iterator[dict]:
-        """Every product by id, with its price in cents, all from one moment."""
+        """Every product by id, all as of one moment."""
         yield from map(decode, self._stream(SELECT_PRODUCTS + " ORDER BY id"))
 
     def export_order_lines(self, first_day: str | None, last_day: str | None) -> Iterator[dict]:
-        """Every line of the orders created in a period, by order, all from one moment.
+        """Every line of the orders created in a period, by order, all as of one moment.
 
-        first_day, last_day: the period, UTC, as 2026-11-30, both included; None sets no bound.
+        first_day, last_day: as 2026-11-30, in UTC, both included; None sets no bound.
         """
         days = {"first": first_day, "end": last_day and last_day + "T23:59:59Z"}
         yield from map(dict, self._stream(SELECT_EXPORTED_LINES, days))
@@ -798,22 +789,20 @@ class Store(Database):
     def import_products(self, rows: Iterable[dict]) -> tuple[int, int, int]:
         """Add and change products, row by row, in one transaction.
 
-        rows: fields as in create_product; or the id of a product and fields as in update_product.
-        Returns how many products were added, how many changed, and how many had these values
-        already. Raises NotFound, DuplicateSku, ExcessiveMetadata; then nothing has changed.
+        rows: fields as in create_product, or an id and fields as in update_product. Returns how
+        many products were added, how many changed, and how many had these values already. Raises
+        NotFound, DuplicateSku, ExcessiveMetadata; then nothing has changed.
         """
-        counts = {"added": 0, "changed": 0, "unchanged": 0}
         with self.transaction() as connection:
             [(last,)] = connection.execute("SELECT coalesce(max(id), 0) FROM product").fetchall()
-            for row in rows:
-                counts[self._import_product(connection, row)] += 1
+            counts = collections.Counter(self._import_product(connection, row) for row in rows)
             # All new products at once take a quarter of the time that _save_product would.
             fill_search(connection, last + 1)
             open_balances(connection, last + 1, "import")
         return counts["added"], counts["changed"], counts["unchanged"]
 
     def _import_product(self, connection: sqlite3.Connection, row: dict) -> str:
-        """Add or change a product; return which. Leaves search and ledger of a new one to do."""
+        """Add or change a product; return which. A new one is not yet in search and ledger."""
         if row.get("id") is None:
             product = merge(PRODUCT_DEFAULTS, row)
             self._require_free_sku(connection, product["sku"])
@@ -839,8 +828,8 @@ class Store(Database):
     ) -> tuple[list[dict], int | None]:
         """A page of the orders, and the id to continue after, or None.
 
-        status, reference: what an order must have. sort: a key of ID_ORDERS. after: the id to
-        continue after; 0 starts at the beginning. limit: orders per page.
+        status, reference: those that an order must have. sort: a key of ID_ORDERS. after: the id
+        to continue after; 0 starts at the beginning. limit: orders per page.
         """
         # The + bars the index of statuses: far fewer orders share a reference than a status.
         has_status = "+status = :status" if reference else "status = :status"
@@ -866,10 +855,10 @@ class Store(Database):
     ) -> dict:
         """Deduct the stock of every line, or of none, and return the new order, which is pending.
 
-        products: the lines, 1 to 100 dicts of product_id and quantity in pieces, each product
-        once. reference: the caller's own text. metadata: the caller's own dict of texts. Raises
-        UnknownProducts or InsufficientStock, each with every line concerned, ExcessiveTotal,
-        ExcessiveMetadata; ValueError if there are no lines or a product appears twice.
+        products: the lines, 1 to 100 dicts of product_id and quantity in pieces. reference,
+        metadata: the caller's own text and dict of texts. Raises UnknownProducts or
+        InsufficientStock, each with every line concerned, ExcessiveTotal, ExcessiveMetadata;
+        ValueError if there are no lines or a product appears twice.
         """
         if not products:
             raise ValueError("An order needs at least one line.")
@@ -948,11 +937,10 @@ class Store(Database):
     def update_order(self, order_id: int, *, if_match: Precondition = None, **fields: Any) -> dict:
         """Set any of status, reference and metadata of an order and return it.
 
-        status: "completed" or "cancelled", where TRANSITIONS allows it, or the present one, which
-        changes nothing. Cancelling puts the stock of each product that still exists back, up to
-        MAX_STOCK. metadata: merged as in update_product. if_match: a condition on the etag() of
-        the order without its lines. Raises NotFound, PreconditionFailed, InvalidTransition,
-        ExcessiveMetadata.
+        status: one that TRANSITIONS allows, or the present one. "cancelled" puts the stock back,
+        up to MAX_STOCK, of each product that still exists. metadata: merged as in update_product.
+        if_match: a condition on the etag() of the order without its lines. Raises NotFound,
+        PreconditionFailed, InvalidTransition, ExcessiveMetadata.
         """
         with self.transaction() as connection:
             before = read_to_change(connection, "order", order_id, if_match)
@@ -989,7 +977,7 @@ class Store(Database):
 
     @staticmethod
     def _put_stock_back(connection: sqlite3.Connection, order_id: int) -> None:
-        """Put back what an order took, if the product still exists and up to MAX_STOCK."""
+        """Put back the stock that an order took, as update_order() says."""
         movements = connection.execute(
             """
             INSERT INTO movement (product_id, id, change, stock, order_id, created_at)
@@ -1011,8 +999,8 @@ class Store(Database):
         """The result stored under an idempotency key in the last KEY_TTL seconds, or None.
 
         fingerprint: equal for equal requests. Call this and save_idempotent() in one transaction(),
-        so that no other request with the key comes between. Raises IdempotencyKeyReused if the
-        key was stored with another fingerprint.
+        so that no request with the same key comes between. Raises IdempotencyKeyReused if the key
+        was stored with another fingerprint.
         """
         stored = self._writer.execute(
             """
@@ -1056,7 +1044,7 @@ class Store(Database):
             {"expired": expired, "limit": PURGE_LIMIT},
         ).rowcount
         if purged < PURGE_LIMIT:
-            self._purged = expired  # no other key expires before the next second
+            self._purged = expired  # the next key expires in the next second at the earliest
 
 
 # ------------------------------------------------------------------------------------ statements
@@ -1068,12 +1056,12 @@ PRODUCT_JSON = """
 """
 SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
 SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
-# CROSS JOIN makes SQLite search the texts of all products first, and fetch only those found. It
-# sorts them if they are wanted by price.
+# CROSS JOIN makes SQLite search the texts first and fetch only the products that it finds. By
+# price it sorts them.
 SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product USING (id)"
-FOUND_PRODUCT = " FROM product CROSS JOIN product_search USING (id)"  # one at most, by its sku
+FOUND_PRODUCT = " FROM product CROSS JOIN product_search USING (id)"  # at most one, by its sku
 # For each sort: the condition that continues after an item, and ORDER BY. Equal values go by id.
-# Every order has an index of its own, except -name: see schema.sql.
+# Each has its own index, except -name: see schema.sql.
 ID_ORDERS = {"id": ("id > :after", "id"), "-id": ("id < :after", "id DESC")}
 PRODUCT_ORDERS = ID_ORDERS | {
     "name": ("(folded_name, id) > (:value, :after)", "folded_name, id"),
@@ -1085,8 +1073,8 @@ PRODUCT_ORDERS = ID_ORDERS | {
     "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
 }
 SELECT_MOVEMENTS = "SELECT id, change, stock, order_id, note, created_at FROM every_movement"
-# The longest word is most likely the rarest. Words contain no blank, so that none can match across
-# the one between name and description.
+# The longest word is most likely the rarest. No word has a blank in it, so none matches across the
+# one between name and description.
 HAS_LONGEST_WORD = "(instr(folded_name, :longest_word) OR instr(folded_description, :longest_word))"
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words)
@@ -1095,7 +1083,7 @@ HAS_OTHER_WORDS = """
 TRANSITIONS = {"pending": ("completed", "cancelled"), "completed": ("cancelled",), "cancelled": ()}
 SELECT_ORDERS = "SELECT id, status, total, created_at, reference, metadata FROM orders"
 SELECT_ORDER = SELECT_ORDERS + " WHERE id = :id"
-# Left to itself, SQLite would find the pending orders by their status and sort all of them.
+# Otherwise SQLite would find the pending orders by their status and sort them all.
 SELECT_EXPIRED = """
     SELECT id
       FROM orders INDEXED BY orders_pending_by_time
@@ -1104,14 +1092,14 @@ SELECT_EXPIRED = """
      LIMIT :limit
 """
 LINE_COLUMNS = ("product_id", "name", "price", "quantity", "sku")
-# SQLite reads the lines by order and sorts only those of one order at a time.
+# SQLite reads the lines order by order, and sorts only those of one order at a time.
 SELECT_LINES = """
     SELECT order_id, product_id, name, price, quantity, sku
       FROM order_line
      WHERE order_id IN (SELECT value FROM json_each(:ids))
      ORDER BY order_id, position
 """
-# Reads every order: later ids usually have later times, but a clock may have been wrong.
+# Reads every order: a later id need not have a later time, since a clock may have been wrong.
 SELECT_EXPORTED_LINES = """
     SELECT order_id, created_at, status, reference, product_id, sku, name, price, quantity
       FROM orders CROSS JOIN order_line ON order_id = id
@@ -1120,12 +1108,10 @@ SELECT_EXPORTED_LINES = """
 """
 
 
-def select_page(
-    select: str, conditions: dict[str, Any], order: tuple[str, str], after: int
-) -> str:
-    """The statement for a page, composed of constants so that it can use the order's index.
+def select_page(select: str, conditions: dict[str, Any], order: tuple[str, str], after: int) -> str:
+    """The statement for a page. It is composed of constants, so that it can use an index.
 
-    conditions: whether each applies.
+    conditions: maps each to whether it applies. order: an item of PRODUCT_ORDERS or ID_ORDERS.
     """
     continuation, order_by = order
     applied = [condition for condition, applies in conditions.items() if applies]
@@ -1134,10 +1120,7 @@ def select_page(
 
 
 def cut_page(rows: list[sqlite3.Row], limit: int | None) -> tuple[list[sqlite3.Row], int | None]:
-    """The rows of a page, and the id to continue after, or None.
-
-    rows: one more than the limit if the page is not the last.
-    """
+    """The rows of a page, and the id to continue after, or None if there is no row beyond it."""
     if limit is None or len(rows) <= limit:
         return rows, None
     return rows[:limit], rows[limit - 1]["id"]
@@ -1152,7 +1135,7 @@ def only_row(kind: str, row_id: int, rows: list[sqlite3.Row]) -> dict:
 def read_to_change(
     connection: sqlite3.Connection, kind: str, row_id: int, if_match: Precondition = None
 ) -> dict:
-    """A product or an order, read inside a transaction. Raises NotFound, PreconditionFailed."""
+    """A product or an order, inside a transaction. Raises NotFound, PreconditionFailed."""
     sql = SELECT_PRODUCT if kind == "product" else SELECT_ORDER
     row = only_row(kind, row_id, connection.execute(sql, {"id": row_id}).fetchall())
     if if_match is not None and not if_match(etag(row)):
@@ -1211,7 +1194,7 @@ SAVE_PRODUCT = """
 def open_balances(
     connection: sqlite3.Connection, first: int = 1, note: str = "opening balance"
 ) -> None:
-    """Begin the ledger of each product, from the first of these ids, with its stock."""
+    """Begin the ledger of each product whose id is at least `first` with its stock."""
     connection.execute(
         """
         INSERT INTO movement (product_id, id, change, stock, note, created_at)
@@ -1224,15 +1207,9 @@ def open_balances(
 
 
 def fill_search(connection: sqlite3.Connection, first: int = 1, last: int = MAX_ID) -> None:
-    """Make the products from the first to the last of these ids searchable."""
-    products = connection.execute(
-        """
-        SELECT id, name, description
-          FROM product
-         WHERE id BETWEEN :first AND :last
-        """,
-        {"first": first, "last": last},
-    )
+    """Make the products with these ids, from the first to the last, searchable."""
+    sql = "SELECT id, name, description FROM product WHERE id BETWEEN :first AND :last"
+    products = connection.execute(sql, {"first": first, "last": last})
     connection.executemany(
         """
         INSERT OR REPLACE INTO product_search (id, folded_name, folded_description)
@@ -1242,8 +1219,8 @@ def fill_search(connection: sqlite3.Connection, first: int = 1, last: int = MAX_
     )
 
 
-# Letters that Unicode does not decompose, and characters that people type instead of an apostrophe
-# (modifier letters, primes and accents that look like one) or a hyphen (dashes, minus).
+# Letters that Unicode does not decompose, and what people type instead of an apostrophe (modifier
+# letters, primes and accents that look like one) or a hyphen (dashes, minus).
 SPELLINGS = str.maketrans(
     "ⱥƀȼđðɇǥħıɨɉꝁłƚøŋᵽɍŧⱦʉɏƶ’‘‛ʼʻʽʹˈˊˋ`´᾽᾿′‵՚׳ꞌ‐‑‒–—―−⁃˗־֊᠆⸺⸻",
     "abcddeghiijkllonprttuyz'''''''''''''''''''--------------",
@@ -1251,24 +1228,23 @@ SPELLINGS = str.maketrans(
 
 
 def fold(text: str) -> str:
-    """The text in the form that searches and sorting compare, without case and accents.
+    """The text as searching and sorting compare it.
 
-    Letters lose their strokes, ligatures become two letters, and all kinds of apostrophes and
-    hyphens one each: "Smørrebrød – O’Neill" becomes "smorrebrod - o'neill".
+    Without case, accents, strokes and ligatures, and with one kind of apostrophe and of hyphen:
+    "Smørrebrød – O’Neill" becomes "smorrebrod - o'neill".
     """
     if text.isascii():
         return text.lower().replace("`", "'")
-    # Apostrophes first, because NFKD splits some of them into a blank and an accent; letters again
-    # afterwards, because it uncovers some under their accents: ǿ has a stroke too.
+    # Apostrophes before NFKD, which splits some of them into a blank and an accent; letters again
+    # after it, because it uncovers some under their accents: ǿ has a stroke too.
     letters = unicodedata.normalize("NFKD", text.casefold().translate(SPELLINGS))
     folded = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return folded.casefold().translate(SPELLINGS)
 
 
 # ------------------------------------------------------------------------------------ migrations
-# An older file is migrated in one transaction: first the `alter` statements of all pending
-# migrations change its tables, then schema.sql creates the missing tables and indexes, then each
-# `fill` adds the rows that need Python.
+# An older file is migrated in one transaction: the `alter` statements of all pending migrations
+# change its tables, then schema.sql creates what is missing, then each `fill` adds rows.
 
 
 class Migration(NamedTuple):
@@ -1316,21 +1292,15 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
             for statement in migration.alter:
                 connection.execute(statement)
     script = SCHEMA.read_text()
-    for statement in split_statements(script):
-        connection.execute(statement)
-    for migration in pending:
-        migration.fill(connection)
-    restore_table_texts(connection, script)
-
-
-def split_statements(script: str) -> Iterator[str]:
-    # executescript() would commit the transaction first.
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
-            yield statement
+            connection.execute(statement)  # executescript() would commit the transaction first
             statement = ""
+    for migration in pending:
+        migration.fill(connection)
+    restore_table_texts(connection, script)
 
 
 def restore_table_texts(connection: sqlite3.Connection, script: str) -> None:
@@ -1361,8 +1331,7 @@ def backup(
 
     overwrite: replace an existing target. progress: called with the number of pages that remain
     and of all pages. Returns the numbers of products, orders and bytes in the copy. Raises
-    DatabaseError if the source is not a shop's database, the target may not be written, or the
-    copy fails.
+    DatabaseError if the source is not a shop's, the target may not be written, or copying fails.
     """
     source = Store(path, read_only=True)
     target = Path(target).absolute()
@@ -1398,7 +1367,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 def remove_partial_copies(target: Path) -> None:
-    """Remove the partial copies of backups to this target that were killed."""
+    """Remove what backups to this target left when they were killed."""
     name = re.compile(re.escape(target.name) + r"\.partial-([0-9]+)(-journal|-wal|-shm)?")
     for file in target.parent.iterdir():
         match = name.fullmatch(file.name)
@@ -1442,15 +1411,14 @@ def flush_file(path: Path) -> None:
 
 
 def check_integrity(path: str | os.PathLike) -> list[str]:
-    """What is wrong in a database, one sentence for each fault; an empty list if nothing is.
+    """A sentence for each fault in a database: pages, constraints, references and FAULTS.
 
-    Checks pages, constraints, references, totals, the ledger, skus and metadata. Raises
-    DatabaseError for a file that is not a shop's database.
+    Raises DatabaseError for a file that is not a shop's.
     """
     store = Store(path, read_only=True)
     errors = []
     try:
-        # With mode=ro SQLite would not check the CHECK constraints.
+        # With mode=ro, SQLite would leave the CHECK constraints out.
         with contextlib.closing(store._connect("mode=rw")) as connection:
             connection.execute("PRAGMA query_only = ON")
             for sentence, sql in FAULTS.items():
