@@ -146,7 +146,7 @@ UNAVAILABLE_CODES = {
 
 
 def translate_error(error: BaseException) -> BaseException:
-    """What to raise for a SQLite error: itself if neither the file nor a lock is the cause."""
+    """The exception to raise for an error: itself, unless SQLite could not use the file."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code in BUSY_CODES:
         return DatabaseBusy("The database is busy.")
@@ -156,7 +156,7 @@ def translate_error(error: BaseException) -> BaseException:
 
 
 def file_id(path: Path) -> tuple | None:
-    """Device and inode, which another file at the same path would not have; None without a file."""
+    """Device and inode, which differ for another file at the path; None without a file."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_dev, status.st_ino
@@ -439,7 +439,7 @@ class Database:
                     self._wal_limit = self._wal.stat().st_size + WAL_LIMIT
 
     def data_version(self) -> object:
-        """A value that is another after every change of the data; None while it is unknown."""
+        """A value that changes with every change of the data; None while it is unknown."""
         if not self.read_only:
             with contextlib.suppress(DatabaseUnavailable):
                 [(version,)] = self._read("PRAGMA data_version")
@@ -525,7 +525,7 @@ class Database:
             self._writer_thread = None
             self._writer_lock.release()
 
-    batch = transaction  # of many requests: the writes of each are a step, all share one commit
+    batch = transaction  # for the writes of many requests: each is a step, all share one commit
 
     def _require_transaction(self) -> None:
         # SQLite itself may have rolled back, after a full disk or an I/O error.
@@ -681,8 +681,8 @@ class Store(Database):
         ExcessiveMetadata.
         """
         with self.transaction() as connection:
-            product = read_to_change(connection, "product", product_id, if_match)
-            return self._save_product(connection, merge(product, fields), product)
+            before = read_to_change(connection, "product", product_id, if_match)
+            return self._save_product(connection, merge(before, fields), before)
 
     def update_stock(
         self, product_id: int, change: int, note: str = "", *, if_match: Precondition = None
@@ -693,17 +693,17 @@ class Store(Database):
         PreconditionFailed, InsufficientStock, ExcessiveStock.
         """
         with self.transaction() as connection:
-            product = read_to_change(connection, "product", product_id, if_match)
-            stock = product["stock"] + change
-            if stock < 0:
-                taken = {"requested": -change, "available": product["stock"]}
-                raise InsufficientStock([{"product_id": product_id, **taken}])
-            if stock > MAX_STOCK:
-                room = MAX_STOCK - product["stock"]
+            before = read_to_change(connection, "product", product_id, if_match)
+            stock = before["stock"]
+            if stock + change < 0:
+                short = {"product_id": product_id, "requested": -change, "available": stock}
+                raise InsufficientStock([short])
+            if stock + change > MAX_STOCK:
                 raise ExcessiveStock(
-                    f"must be at most {room}, to keep the stock within {MAX_STOCK}"
+                    f"must be at most {MAX_STOCK - stock}, to keep the stock within {MAX_STOCK}"
                 )
-            return self._save_product(connection, {**product, "stock": stock}, product, note)
+            product = {**before, "stock": stock + change}
+            return self._save_product(connection, product, before, note)
 
     def list_movements(
         self, product_id: int, *, sort: str = "id", after: int = 0, limit: int = 100
@@ -714,10 +714,9 @@ class Store(Database):
         limit: movements per page. Raises NotFound.
         """
         self.get_product(product_id)
+        conditions = {"product_id = :product_id": True}
         rows = self._read(
-            select_page(
-                SELECT_MOVEMENTS, {"product_id = :product_id": True}, ID_ORDERS[sort], after
-            ),
+            select_page(SELECT_MOVEMENTS, conditions, ID_ORDERS[sort], after),
             {"product_id": product_id, "after": after, "limit": limit + 1},
         )
         movements, next_after = cut_page(rows, limit)
@@ -775,7 +774,7 @@ class Store(Database):
     # --- spreadsheets
 
     def export_products(self) -> Iterator[dict]:
-        """Every product by id, all as of one moment."""
+        """Every product by id, with its price in cents, all as of one moment."""
         yield from map(decode, self._stream(SELECT_PRODUCTS + " ORDER BY id"))
 
     def export_order_lines(self, first_day: str | None, last_day: str | None) -> Iterator[dict]:
@@ -802,7 +801,7 @@ class Store(Database):
         return counts["added"], counts["changed"], counts["unchanged"]
 
     def _import_product(self, connection: sqlite3.Connection, row: dict) -> str:
-        """Add or change a product; return which. A new one is not yet in search and ledger."""
+        """Import a row; return the count to raise. A new product still lacks search and ledger."""
         if row.get("id") is None:
             product = merge(PRODUCT_DEFAULTS, row)
             self._require_free_sku(connection, product["sku"])
@@ -831,7 +830,7 @@ class Store(Database):
         status, reference: those that an order must have. sort: a key of ID_ORDERS. after: the id
         to continue after; 0 starts at the beginning. limit: orders per page.
         """
-        # The + bars the index of statuses: far fewer orders share a reference than a status.
+        # The + keeps SQLite from the index of statuses: far fewer orders share a reference.
         has_status = "+status = :status" if reference else "status = :status"
         conditions = {
             has_status: status is not None,
@@ -963,8 +962,8 @@ class Store(Database):
     def expire_orders(self, before: str, *, limit: int = 4) -> int:
         """Cancel at most `limit` pending orders created before a timestamp(); return how many.
 
-        Needs no write lock if there are none. Four orders of a hundred lines take 15 ms, which the
-        server's loop can spare.
+        Needs no write lock if there are none. Four orders of a hundred lines take at most 15 ms,
+        which the server's loop can spare.
         """
         if not self._read(SELECT_EXPIRED, {"before": before, "limit": 1}):
             return 0
@@ -1056,8 +1055,8 @@ PRODUCT_JSON = """
 """
 SELECT_PRODUCTS = "SELECT " + PRODUCT_COLUMNS + " FROM product"
 SELECT_PRODUCT = SELECT_PRODUCTS + " WHERE id = :id"
-# CROSS JOIN makes SQLite search the texts first and fetch only the products that it finds. By
-# price it sorts them.
+# CROSS JOIN makes SQLite search the texts first and fetch only the products that it finds. It sorts
+# these if they are requested by price.
 SEARCHED_PRODUCTS = " FROM product_search CROSS JOIN product USING (id)"
 FOUND_PRODUCT = " FROM product CROSS JOIN product_search USING (id)"  # at most one, by its sku
 # For each sort: the condition that continues after an item, and ORDER BY. Equal values go by id.
@@ -1073,8 +1072,8 @@ PRODUCT_ORDERS = ID_ORDERS | {
     "-price": ("price <= :value AND (price < :value OR id > :after)", "price DESC, id"),
 }
 SELECT_MOVEMENTS = "SELECT id, change, stock, order_id, note, created_at FROM every_movement"
-# The longest word is most likely the rarest. No word has a blank in it, so none matches across the
-# one between name and description.
+# The longest word comes first because it is likely the rarest. Words contain no blank, so that none
+# matches across the one between name and description.
 HAS_LONGEST_WORD = "(instr(folded_name, :longest_word) OR instr(folded_description, :longest_word))"
 HAS_OTHER_WORDS = """
     NOT EXISTS (SELECT 1 FROM json_each(:other_words)
@@ -1168,10 +1167,7 @@ def merge(item: dict, fields: dict) -> dict:
 
 
 def with_lines(orders: Iterable[dict], read: Callable[..., Iterable]) -> list[dict]:
-    """The orders with their lines, which a second query may read because they never change.
-
-    read: runs that query.
-    """
+    """The orders with their lines, which `read` queries. (No transaction: lines never change.)"""
     by_id: dict[int, dict] = {order["id"]: {**order, "lines": []} for order in orders}
     for row in read(SELECT_LINES, {"ids": json.dumps(list(by_id))}):
         line = dict(row)
@@ -1207,7 +1203,7 @@ def open_balances(
 
 
 def fill_search(connection: sqlite3.Connection, first: int = 1, last: int = MAX_ID) -> None:
-    """Make the products with these ids, from the first to the last, searchable."""
+    """Make the products with ids from `first` to `last` searchable."""
     sql = "SELECT id, name, description FROM product WHERE id BETWEEN :first AND :last"
     products = connection.execute(sql, {"first": first, "last": last})
     connection.executemany(
@@ -1388,9 +1384,7 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
     ):
         # Without a read transaction each order placed meanwhile would restart the copy.
         reader.execute("BEGIN")
-        [(products, orders)] = reader.execute("""
-            SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
-        """)
+        reader.execute("SELECT count(*) FROM product").fetchall()
         reader.backup(copy, pages=1000, progress=lambda status, *pages: progress(*pages))
         [(mode,)] = copy.execute("PRAGMA journal_mode = DELETE")  # a single file, without a WAL
         if mode != "delete":
@@ -1398,6 +1392,9 @@ def copy_database(source: Store, target: Path, progress: Callable[[int, int], ob
         [(verdict,)] = copy.execute("PRAGMA integrity_check(1)")
         if verdict != "ok":
             raise DatabaseError(f"The copy is damaged: {verdict}")
+        [(products, orders)] = copy.execute("""
+            SELECT (SELECT count(*) FROM product), (SELECT count(*) FROM orders)
+        """)
     return {"products": products, "orders": orders}
 
 
@@ -1411,7 +1408,7 @@ def flush_file(path: Path) -> None:
 
 
 def check_integrity(path: str | os.PathLike) -> list[str]:
-    """A sentence for each fault in a database: pages, constraints, references and FAULTS.
+    """Check a database; return a sentence for each fault that is found, see FAULTS.
 
     Raises DatabaseError for a file that is not a shop's.
     """
@@ -1429,7 +1426,7 @@ def check_integrity(path: str | os.PathLike) -> list[str]:
     return errors
 
 
-# A sentence for each row that the query finds.
+# A query for each kind of fault, and the sentence for each row that it returns.
 FAULTS = {
     "{integrity_check}": """
         SELECT integrity_check
