@@ -37,7 +37,6 @@ import io
 import ipaddress
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -1939,6 +1938,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     parser_class = Request
     task_class = error_task_class = Task
+    # Urgent data is not HTTP, and poll would keep reporting it.
+    handle_expt = waitress.channel.HTTPChannel.handle_close
     deadline = 0.0  # of the monotonic clock: the connection is then closed
     is_lingering = False  # closed for writing, but read until the client closes it too
 
@@ -1984,9 +1985,6 @@ class Channel(waitress.channel.HTTPChannel):
         elif self.requests:
             self.server.add_task(self)
 
-    def handle_expt(self):
-        self.handle_close()  # urgent data is not HTTP, and poll would keep reporting it
-
 
 class Server(waitress.server.TcpWSGIServer):
     """A listening socket."""
@@ -2018,8 +2016,7 @@ class Loop:
         self.cache_version: object = None  # the version of the data in it
         self.is_locked = False  # another process has the write lock, and writes wait for it
         self.stopped_at = 0.0  # when the first signal came
-        self.next_check = 0.0
-        self.next_expiry = 0.0 if settings.order_timeout and not settings.read_only else math.inf
+        self.next_check = 0.0  # when the next check_each_second() is due
         self.date = b""
         adj = waitress.adjustments.Adjustments(
             host=settings.host,
@@ -2034,10 +2031,8 @@ class Loop:
             channel_timeout=UNLIMITED,  # the wall clock may be set: see Channel.deadline
             log_socket_errors=False,
         )
-        self.servers = [
-            Server(app, self.map, dispatcher=self, adj=adj, sockinfo=sockinfo)
-            for sockinfo in adj.listen
-        ]
+        options = {"map": self.map, "dispatcher": self, "adj": adj}
+        self.servers = [Server(app, sockinfo=sockinfo, **options) for sockinfo in adj.listen]
         waitress.task.queue_logger.disabled = True  # it warns whenever a slow read has to wait
         self.thread = waitress.task.ThreadedTaskDispatcher()
         self.thread.set_thread_count(1)
@@ -2060,7 +2055,7 @@ class Loop:
             pause = 1.0
             if self.is_locked or self.stopped_at:
                 pause = 0.01
-            elif self.ready or time.monotonic() > self.next_expiry:
+            elif self.ready or not self.next_check:
                 pause = 0.0
             waitress.wasyncore.poll2(pause, self.map)
             count = 0
@@ -2070,7 +2065,6 @@ class Loop:
             try:
                 self.take_turn()
                 self.check_each_second()
-                self.expire_orders()
             except Exception:  # a fault in one turn does not end the process
                 traceback.print_exc()
         self.thread.shutdown(cancel_pending=False, timeout=1)
@@ -2096,10 +2090,11 @@ class Loop:
             problem = problem_for(error)
             for request in requests:
                 self.reject(request, problem)
+        stamp = db.timestamp()
         lines = []
         for request in requests:
             if request.response:
-                lines.append(self.access_line(request))
+                lines.append(self.access_line(stamp, request))
                 request.channel.service()
             elif not request.is_write:
                 read = functools.partial(self.read_slowly, request, self.cache)
@@ -2149,13 +2144,11 @@ class Loop:
             body = b"".join(self.app(environ, lambda *start: started.append(start)))
             status, headers, *_ = started[-1]
             request.set_response(status, headers, body)
+            if "Etag" in dict(headers) and not (request.is_write or request.body_rcv):
+                cache[request.raw] = request.response
+                self.cache_size += len(request.raw) + len(request.response.head) + len(body)
         except Exception as error:
             self.reject(request, problem_for(error))
-            return
-        is_cached = "Etag" in dict(headers) and not (request.is_write or request.body_rcv)
-        if is_cached:
-            cache[request.raw] = request.response
-            self.cache_size += len(request.raw) + len(request.response.head) + len(body)
 
     def read_slowly(self, request: Request, cache: dict) -> None:
         request.response = cache.get(request.raw)  # of an equal read before it
@@ -2175,7 +2168,7 @@ class Loop:
         body = b"" if request.raw.startswith(b"HEAD ") else problem.body  # RFC 9110, 9.3.2
         request.set_response(problem.status_line, headers, body)
 
-    def access_line(self, request: Request) -> str:
+    def access_line(self, stamp: str, request: Request) -> str:
         client = request.channel.addr[0]
         if self.settings.trusted_proxy in ("*", client):
             addresses = header_value(request.raw, b"X-Forwarded-For") or ""
@@ -2185,29 +2178,29 @@ class Loop:
         method = target = "-"
         if not request.error:
             method, target, _ = request.raw.decode("latin-1").split(" ", 2)
-        path = quote(target.partition("?")[0], safe=string.punctuation, encoding="latin-1")
+        path = target.partition("?")[0]
+        if not path.isascii():
+            path = quote(path, safe=string.punctuation, encoding="latin-1")
         result = f"{request.response.status} {len(request.response.body)}"
         milliseconds = (time.perf_counter() - request.received_at) * 1000
-        return f"{db.timestamp()} {client} {method} {path} {result} {milliseconds:.1f}\n"
+        return f"{stamp} {client} {method} {path} {result} {milliseconds:.1f}\n"
 
     def check_each_second(self) -> None:
+        """Check the WAL, the deadlines of connections, and for orders pending too long."""
         now = time.monotonic()
-        if now > self.next_check:
-            self.next_check = now + 1
-            self.store.checkpoint_if_large()
-            for channel in self.channels():
-                channel.deadline = channel.deadline or now + IDLE_TIMEOUT  # a new connection
-                # One with requests and nothing to send waits for the lock or for a slow read.
-                if channel.deadline < now and (channel.total_outbufs_len or not channel.requests):
-                    channel.handle_close()
-
-    def expire_orders(self) -> None:
-        """Cancel orders that have been pending too long, a few each turn."""
-        if time.monotonic() > self.next_expiry:
-            self.next_expiry = time.monotonic() + 1
+        if now < self.next_check:
+            return
+        self.next_check = now + 1
+        self.store.checkpoint_if_large()
+        for channel in self.channels():
+            channel.deadline = channel.deadline or now + IDLE_TIMEOUT  # a new connection
+            # One with requests and nothing to send waits for the lock or for a slow read.
+            if channel.deadline < now and (channel.total_outbufs_len or not channel.requests):
+                channel.handle_close()
+        if self.settings.order_timeout and not self.settings.read_only:
             with contextlib.suppress(db.DatabaseUnavailable):  # the next try is a second later
-                if self.store.expire_orders(db.timestamp((self.settings.order_timeout or 0) * 60)):
-                    self.next_expiry = 0.0
+                if self.store.expire_orders(db.timestamp(self.settings.order_timeout * 60)):
+                    self.next_check = 0.0  # more orders may be due: go on after the next turn
 
     def stop(self, number: int, frame) -> None:
         if not self.stopped_at:  # at a later signal the trigger may be closed
