@@ -5,7 +5,6 @@ Most tests call the WSGI application. Those that need the whole truth run `pytho
     python -m pytest
 """
 
-import ast
 import base64
 import calendar
 import concurrent.futures
@@ -38,7 +37,6 @@ import threading
 import time
 import urllib.parse
 from decimal import Decimal
-from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,35 +62,42 @@ class Client:
     """Calls an application through WSGI: client("POST", "/orders/", {...}).
 
     Every error must be a problem of its status, and every response one that /openapi.json
-    declares. script_name: where the shop is mounted in the application.
+    declares. script_name: where the shop is mounted in the application. status: the one that the
+    response must have.
     """
 
     def __init__(self, app, script_name=""):
         self.app = webtest.TestApp(app)
         self.script_name = script_name
 
-    def __call__(self, method, path, body=None, headers=None):
+    def __call__(self, method, path, body=None, headers=None, status=None):
         headers = headers or {}
         if body is not None:
             headers = JSON | headers
         if not isinstance(body, bytes):
             body = b"" if body is None else json.dumps(body).encode()
         response = self.app.request(
-            path, method=method, body=body, headers=headers, expect_errors=True
+            self.script_name + path, method=method, body=body, headers=headers, expect_errors=True
         )
+        assert status in (None, response.status_int), response
         if response.status_int >= 400 and method != "HEAD":
             assert_problem(response)
-        assert_declared(method, path.removeprefix(self.script_name), response)
+        assert_declared(method, path, response)
         return response
 
     def product(self, **fields):
         return self("POST", "/products/", {"name": "Mug", "price": 9.99, "stock": 5, **fields}).json
 
-    def order(self, *lines, **headers):
-        return self("POST", "/orders/", order_of(*lines), headers)
+    def order(self, *lines, status=None, **headers):
+        return self("POST", "/orders/", order_of(*lines), headers, status)
 
     def stock(self, product):
         return self("GET", f"/products/{product['id']}/").json["stock"]
+
+    def ids(self, path):
+        """The ids of the products or orders on a page."""
+        page = self("GET", path, status=200).json
+        return [item["id"] for item in page.get("products") or page.get("orders", [])]
 
 
 # RFC 9110's phrases; 413 has an older one in Python before 3.13.
@@ -334,24 +339,17 @@ def lock(path):
 def test_a_product_is_created_and_read_back_as_it_was_given(shop):
     fields = {"name": "Mug ☕", "description": "Blue", "price": 9.99, "stock": 12}
     fields |= {"sku": "MUG-BL", "metadata": {"image": "https://img.example/mug.jpg"}}
-    response = shop("POST", "/products/", fields)
-    assert response.status_int == 201
+    response = shop("POST", "/products/", fields, status=201)
     assert response.headers["Location"] == "/products/1/"
-    assert response.content_type == "application/json"
     assert response.json == {"id": 1, **fields}
     assert shop("GET", "/products/1/").json == response.json
     assert shop("GET", "/products/").json == {"products": [response.json], "next": None}
 
 
-def test_all_fields_but_name_and_price_are_optional(shop):
-    response = shop("POST", "/products/", {"name": "x", "price": 0})
-    product = {"id": 1, "name": "x", "description": "", "price": 0, "stock": 0}
-    assert response.json == product | EMPTY
-
-
 @pytest.mark.parametrize(
     "body",
     [
+        b'{"name": "x", "price": 0}',
         b'{"name": "x", "price": 2.0, "stock": 2.0}',
         b'{"name": "x", "price": 1e1, "stock": 1e2}',
         b'{"name": "x", "price": 9.990, "stock": -0}',
@@ -359,13 +357,12 @@ def test_all_fields_but_name_and_price_are_optional(shop):
         '{"name": "\u2000x\u3000", "price": 0.01, "description": "\\ud83d\\ude00\\t"}'.encode(),
         b'{"name": "%s", "price": 1}' % (b"x" * 200),
         b'{"name": "x", "price": 1, "description": "%s"}' % (b"y" * 10_000),
+        b'\xef\xbb\xbf{"name": "\xef\xbb\xbfx", "price": 1}',  # only the first byte order mark goes
     ],
 )
-def test_whatever_the_schema_allows_is_accepted(shop, body):
-    response = shop("POST", "/products/", body)
-    assert response.status_int == 201, response
-    sent = json.loads(body)
-    assert {name: response.json[name] for name in sent} == sent
+def test_whatever_the_schema_allows_is_accepted_and_all_but_name_and_price_is_optional(shop, body):
+    product = {"id": 1, "description": "", "stock": 0} | EMPTY | json.loads(body)
+    assert shop("POST", "/products/", body, status=201).json == product
 
 
 EDGES = "\0\t\n \x1b\x7f\x9f\u3000\u2028"  # what a sku may not begin or end with
@@ -402,30 +399,29 @@ def test_absurd_numbers_are_rejected_at_once(shop, number):
     assert list(errors_of(response)) == ["#/price", "#/stock"]
 
 
-def test_all_errors_are_reported_at_once(shop):
-    body = {"price": "1", "stock": -1, "colour": "red", "a/b~c d": 1, "": 1}
+def test_all_errors_are_reported_at_once_and_each_field_by_its_first(shop):
+    body = {"price": "1", "stock": -0.5, "sku": "x\x1b", "colour": "red", "a/b~c d": 1, "": 1}
     allowed = "allowed: name, description, price, stock, sku, metadata."
+    ends = "no white space or control characters at its ends"
     assert errors_of(shop("POST", "/products/", body)) == {
         "#/name": "name is required.",
         "#/price": "price must be a number.",
         "#/stock": "stock must be 0 to 1000000000.",
+        "#/sku": f"sku must have no NUL, and {ends}.",
         "#/colour": f"colour is an unknown field; {allowed}",
         "#/a~1b~0c%20d": f"a/b~c d is an unknown field; {allowed}",
         "#/": f'"" is an unknown field; {allowed}',
     }
-
-
-def test_the_message_for_a_number_out_of_range_is_the_range_whatever_else_is_wrong(shop):
-    response = shop("POST", "/products/", {"name": "x", "price": 1_000_000_000.125, "stock": -0.5})
-    detail = "2 errors: price must be 0 to 1000000000; stock must be 0 to 1000000000."
-    assert response.json["detail"] == detail
+    fine = {"name": "x", "price": 1_000_000_000.125}
+    errors = {"#/price": "price must be 0 to 1000000000."}
+    assert errors_of(shop("POST", "/products/", fine)) == errors
 
 
 @pytest.mark.parametrize(
     "body, detail",
     [
         *((body, "JSON") for body in (b"", b"{", b"nonsense", b'{"name": "a\nb"}', b"{} {}")),
-        (b"\xef\xbb\xbf{", "JSON"),
+        *((body, "JSON") for body in (b"\xef\xbb\xbf", b"\xef\xbb\xbf{")),
         (b'{"name": NaN}', "NaN is not valid JSON"),
         (b'{"name": -Infinity}', "Infinity is not valid JSON"),
         (b'{"name": "\xff"}', "UTF-8"),
@@ -435,9 +431,7 @@ def test_the_message_for_a_number_out_of_range_is_the_range_whatever_else_is_wro
     ],
 )
 def test_a_body_that_is_not_json_is_a_400(shop, body, detail):
-    response = shop("POST", "/products/", body)
-    assert response.status_int == 400
-    assert detail in response.json["detail"]
+    assert detail in shop("POST", "/products/", body, status=400).json["detail"]
 
 
 def test_a_body_of_20000_levels_is_rejected(shop):
@@ -447,16 +441,9 @@ def test_a_body_of_20000_levels_is_rejected(shop):
     assert re.search("nested too deep|a is an unknown field", refused.json["detail"])
 
 
-def test_a_byte_order_mark_before_a_body_is_skipped(shop):
-    created = shop("POST", "/products/", b'\xef\xbb\xbf{"name": "\xef\xbb\xbfx", "price": 1}')
-    assert created.json["name"] == "\ufeffx"
-    assert shop("POST", "/products/", b"\xef\xbb\xbf").status_int == 400
-
-
-@pytest.mark.parametrize("body", [[], "x", 5, None, True])
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"true"])
 def test_a_body_must_be_an_object(shop, body):
-    response = shop("POST", "/products/", json.dumps(body).encode())
-    assert errors_of(response) == {"#": "The body must be an object."}
+    assert errors_of(shop("POST", "/products/", body)) == {"#": "The body must be an object."}
 
 
 NOT_JSON = (
@@ -468,27 +455,21 @@ NOT_JSON = (
 @pytest.mark.parametrize("content_type", ["", *NOT_JSON.split()])
 def test_a_body_not_declared_as_json_is_a_415_that_helps_a_curl_user(shop, content_type):
     headers = {"Content-Type": content_type}
-    response = shop("POST", "/products/", b'{"name": "x", "price": 1}', headers)
-    assert response.status_int == 415
-    assert response.headers["Accept"] == "application/json"
-    assert "-H 'Content-Type: application/json'" in response.json["detail"]
+    refused = shop("POST", "/products/", {"name": "x", "price": 1}, headers, status=415)
+    assert refused.headers["Accept"] == "application/json"
+    assert "-H 'Content-Type: application/json'" in refused.json["detail"]
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'],
-)
-def test_json_may_be_declared_in_any_of_its_spellings(shop, content_type):
-    headers = {"Content-Type": content_type}
-    response = shop("POST", "/products/", b'{"name": "x", "price": 1}', headers)
-    assert response.status_int == 201
+def test_json_may_be_declared_in_any_of_its_spellings(shop):
+    for content_type in "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"':
+        headers = {"Content-Type": content_type}
+        shop("POST", "/products/", {"name": "x", "price": 1}, headers, status=201)
 
 
 def test_a_body_over_128_kibibytes_is_a_413_and_one_of_just_that_is_read(shop):
     body = b'{"name": "x", "price": 1}'
-    assert shop("POST", "/products/", body.ljust(128 << 10)).status_int == 201
-    refused = shop("POST", "/products/", body.ljust((128 << 10) + 1))
-    assert refused.status_int == 413
+    shop("POST", "/products/", body.ljust(128 << 10), status=201)
+    refused = shop("POST", "/products/", body.ljust((128 << 10) + 1), status=413)
     assert refused.json["detail"] == "The body may have at most 131072 bytes."
 
 
@@ -498,12 +479,8 @@ def test_ids_are_never_given_twice(shop, mug):
 
 
 def test_products_are_found_by_text_ignoring_case_and_by_stock(shop):
-    for name, description, stock in [
-        ("Müg", "", 1),
-        ("Tea", "for a MÜG", 0),
-        ("100%_", "", 0),
-        ("Straße", "x\ny", 3),
-    ]:
+    products = [("Müg", "", 1), ("Tea", "for a MÜG", 0), ("100%_", "", 0), ("Straße", "x\ny", 3)]
+    for name, description, stock in products:
         shop.product(name=name, description=description, stock=stock)
     for query, ids in [
         *(("q=m%C3%BCG", [1, 2]), ("q=%25_", [3]), ("q=STRASSE", [4]), ("q=nope", [])),
@@ -511,8 +488,7 @@ def test_products_are_found_by_text_ignoring_case_and_by_stock(shop):
         *(("available=true", [1, 4]), ("available=false", [2, 3])),
         *(("available=false&q=m%C3%9CG", [2]), ("after=2", [3, 4]), ("limit=1&after=0", [1])),
     ]:
-        found = shop("GET", "/products/?" + query).json["products"]
-        assert [product["id"] for product in found] == ids
+        assert shop.ids("/products/?" + query) == ids
 
 
 def test_pages_follow_one_another_by_next_and_link_and_no_page_is_empty(shop):
@@ -523,35 +499,30 @@ def test_pages_follow_one_another_by_next_and_link_and_no_page_is_empty(shop):
     assert shop("GET", "/products/?limit=7").json["next"] is None
 
 
-INVALID_QUERIES = {
-    "limit": (
+INVALID_SORTS = "sort= sort=stock sort=Id sort=--id sort=+id sort=id,name sort=id&sort=id"
+INVALID_QUERIES = dict.fromkeys(["/", "/openapi.json", "/products/1/", "/orders/1/"], "x=1") | {
+    "/products/": (
         "limit=0 limit=1001 limit= limit=1_0 limit=%205 limit=%2B5 limit=%D9%A3 limit=1.0 limit=-1 "
-        "limit=1&limit=2"
+        f"limit=1&limit=2 after=-1 after={'9' * 20} after={'9' * 5000} after=x "
+        f"available=yes available=True available= q=%00 q=%FF q=%ED%A0%80 {INVALID_SORTS} "
+        f"sku=%20x sku=x%0A sku=x%00y sku=%FF sku=x%1F sku={'x' * 65} sku=x&sku=y "
+        "colour=red Q=x %FF=1"
     ),
-    "after": f"after=-1 after={'9' * 20} after={'9' * 5000} after=x",
-    "available": "available=yes available=True available=",
-    "q": "q=%00 q=%FF q=%ED%A0%80",
-    "colour": "colour=red",
-    "Q": "Q=x",
-    "?": "%FF=1",
+    "/orders/": (
+        f"limit=1001 status=lost status= q=x sort=name {INVALID_SORTS} "
+        f"reference={'x' * 201} reference=%00 reference=%FF reference=a&reference=a"
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    "query, name",
-    [(query, name) for name, queries in INVALID_QUERIES.items() for query in queries.split()],
-)
-def test_an_invalid_query_parameter_is_named(shop, query, name):
-    response = shop("GET", "/products/?" + query)
-    assert list(errors_of(response)) == [name]
-    assert "parameter" in response.json["errors"][0]
-
-
-@pytest.mark.parametrize("path", ["/", "/openapi.json", "/products/1/", "/orders/1/"])
-def test_an_unknown_query_parameter_is_rejected_everywhere(shop, mug, path):
+@pytest.mark.parametrize("path, queries", INVALID_QUERIES.items())
+def test_an_invalid_or_unknown_query_parameter_is_named(shop, mug, path, queries):
     shop.order((1, 1))
-    assert "x" in errors_of(shop("GET", path + "?x=1"))
-    assert "x" in errors_of(shop("POST", "/orders/?x=1", order_of((1, 1))))
+    for query in queries.split():
+        response = shop("GET", f"{path}?{query}")
+        assert list(errors_of(response)) == [query.partition("=")[0].replace("%FF", "?")]
+        assert "parameter" in response.json["errors"][0]
+    assert list(errors_of(shop("POST", "/orders/?x=1", order_of((1, 1))))) == ["x"]
 
 
 UNKNOWN_IDS = (
@@ -561,55 +532,38 @@ UNKNOWN_IDS = (
 
 
 @pytest.mark.parametrize("number", UNKNOWN_IDS.split())
-@pytest.mark.parametrize(
-    "method, path, body",
-    [
-        ("GET", "/products/{}/", None),
-        ("PATCH", "/products/{}/", {"stock": 1}),
-        ("DELETE", "/products/{}", None),
-        ("POST", "/products/{}/stock/", {"change": 1}),
-        ("GET", "/orders/{}", None),
-        ("PATCH", "/orders/{}/", {"status": "completed"}),
-    ],
-)
-def test_an_id_that_does_not_exist_is_a_404(shop, mug, method, path, body, number):
-    assert shop(method, path.format(number), body).status_int == 404
+def test_an_id_that_does_not_exist_is_a_404(shop, mug, number):
+    for _, method, path, body in ACCESS.values():
+        if "/1/" in path:
+            shop(method, path.replace("1", number), body, status=404)
 
 
 def test_every_path_works_without_its_last_slash_for_every_method(shop):
-    product = {"name": "x", "price": 1, "stock": 5}
-    assert shop("POST", "/products", product).status_int == 201
+    shop("POST", "/products", {"name": "x", "price": 1, "stock": 5}, status=201)
     assert shop("GET", "/products").json == shop("GET", "/products/").json
     assert shop("PATCH", "/products/1", {"price": 2}).json["price"] == 2
     assert shop("POST", "/products/1/stock", {"change": 1}).json["stock"] == 6
-    assert shop("POST", "/orders", order_of((1, 1))).status_int == 201
+    shop("POST", "/orders", order_of((1, 1)), status=201)
     assert shop("GET", "/orders/1").json["id"] == 1
-    assert shop("PATCH", "/orders/1", {"status": "completed"}).status_int == 200
-    assert shop("DELETE", "/products/1").status_int == 204
+    shop("PATCH", "/orders/1", {"status": "completed"}, status=200)
+    shop("DELETE", "/products/1", status=204)
 
 
 def test_a_path_that_does_not_exist_is_a_404(shop, mug):
     shop.order((1, 1))
     paths = "/product /products// /products/1/2/ /orders/1/stock/ // /products/1/stock/x"
     for path in paths.split():
-        response = shop("GET", path)
-        assert response.status_int == 404, path
+        response = shop("GET", path, status=404)
         assert response.json["detail"] == "No such path; GET / lists the paths."
 
 
 def test_an_update_changes_only_the_fields_it_gives(shop, mug):
-    response = shop("PATCH", "/products/1/", {"price": 12.5})
-    assert response.status_int == 200
-    assert response.json == {**mug, "price": 12.5}
-    assert response.json == shop("GET", "/products/1/").json
-    fields = {"name": "Cup", "description": "d", "stock": 0}
-    response = shop("PATCH", "/products/1/", fields)
-    assert response.json == {**mug, "price": 12.5, **fields}
-    merge_patch = {"Content-Type": "application/merge-patch+json"}
-    assert shop("PATCH", "/products/1/", {"stock": 3}, merge_patch).json["stock"] == 3
-    assert list(errors_of(shop("PATCH", "/products/1/", {}))) == ["#"]
-    response = shop("PATCH", "/products/1/", {"name": None, "id": 2})
-    assert list(errors_of(response)) == ["#/id", "#/name"]
+    for fields in {"price": 12.5}, {"name": "Cup", "description": "d", "stock": 0}:
+        mug |= fields
+        response = shop("PATCH", "/products/1/", fields, status=200)
+        assert response.json == shop("GET", "/products/1/").json == mug
+    for body, pointers in ({}, ["#"]), ({"name": None, "id": 2}, ["#/id", "#/name"]):
+        assert list(errors_of(shop("PATCH", "/products/1/", body))) == pointers
 
 
 GUARDED_CHANGES = [
@@ -629,42 +583,30 @@ def etag_of(shop, path):
     return shop("GET", path.removesuffix("stock/")).headers["ETag"]
 
 
-def test_if_match_guards_every_change_of_a_product_and_an_order(shop, mug):
+def test_if_match_guards_every_change_and_the_412_says_what_to_do(shop, mug):
     shop.order((1, 1))
     changed = "The resource has changed since you read it: fetch it again and retry."
+    weak = "only weak tags, which never match: send the ETag without W/"
     for method, path, body, status in GUARDED_CHANGES:
         etag = etag_of(shop, path)
+        assert re.fullmatch('"[!#-~]+"', etag)
         before = everything(shop)
         collection = path[: path.index("/", 1) + 1]
-        old = shop("GET", collection).headers["ETag"]
-        assert re.fullmatch('"[!#-~]+"', etag)
+        old = etag_of(shop, collection)
         malformed = f"w/{etag}", f"x{etag}", f"{etag}x", f'{etag}"', f"'{etag}'", f"{etag}{etag}"
-        for other in '"other"', "nonsense", "", '"a", "b"', f'"other", W/{etag}', *malformed:
-            refused = shop(method, path, body, {"If-Match": other})
-            assert refused.status_int == 412
+        for tags in '"other"', "nonsense", "", '"a", "b"', f'"other", W/{etag}', *malformed:
+            refused = shop(method, path, body, {"If-Match": tags}, status=412)
             assert refused.json["detail"] == changed
+        for tags in f"W/{etag}", f'W/"other", W/{etag}':
+            refused = shop(method, path, body, {"If-Match": tags}, status=412)
+            assert weak in refused.json["detail"]
         assert everything(shop) == before
-        response = shop(method, path, body, {"If-Match": f' , "other"\t,,{etag} ,'})
-        assert response.status_int == status
+        response = shop(method, path, body, {"If-Match": f' , "other"\t,,{etag} ,'}, status=status)
         assert response.headers.get("ETag") != etag
-        assert shop("GET", collection).headers["ETag"] != old
-        stale = shop(method, path, body, {"If-Match": etag})
-        assert stale.status_int == (404 if method == "DELETE" else 412)
-    any_state = {"If-Match": "*"}
-    assert shop("PATCH", "/products/1/", {"price": 2}, any_state).status_int == 404
-    assert shop("PATCH", "/orders/1/", {"status": "completed"}, any_state).status_int == 200
-
-
-def test_the_rejection_of_weak_tags_says_what_to_send_instead(shop, mug):
-    shop.order((1, 1))
-    for method, path, body, _ in GUARDED_CHANGES:
-        etag = etag_of(shop, path)
-        for weak in f"W/{etag}", f'W/"other", W/{etag}':
-            refused = shop(method, path, body, {"If-Match": weak})
-            assert refused.status_int == 412
-            assert "weak" in refused.json["detail"]
-            assert "send the ETag without W/" in refused.json["detail"]
-    assert shop("GET", "/products/1/").json == {**mug, "stock": 4}
+        assert etag_of(shop, collection) != old
+        shop(method, path, body, {"If-Match": etag}, status=404 if method == "DELETE" else 412)
+    shop("PATCH", "/products/1/", {"price": 2}, {"If-Match": "*"}, status=404)
+    shop("PATCH", "/orders/1/", {"status": "completed"}, {"If-Match": "*"}, status=200)
 
 
 @pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
@@ -676,21 +618,18 @@ def test_the_etag_of_a_change_is_the_one_of_the_next_read(shop, mug, key):
 
 def test_conditions_are_ignored_where_nothing_is_guarded(shop, mug):
     for condition in {"If-None-Match": "*"}, {"If-Match": '"x"'}, {"If-Match": 'W/"x"'}:
-        assert shop("POST", "/products/", {"name": "x", "price": 1}, condition).status_int == 201
-        assert shop("POST", "/orders/", order_of((1, 1)), condition).status_int == 201
+        shop("POST", "/products/", {"name": "x", "price": 1}, condition, status=201)
+        shop("POST", "/orders/", order_of((1, 1)), condition, status=201)
     for path in "/products/", "/products/1/":
-        assert shop("GET", path, None, {"If-Match": '"x"'}).status_int == 200
-    ignored = {"If-None-Match": "*"}
-    assert shop("PATCH", "/products/1/", {"price": 2}, ignored).status_int == 200
+        shop("GET", path, None, {"If-Match": '"x"'}, status=200)
+    shop("PATCH", "/products/1/", {"price": 2}, {"If-None-Match": "*"}, status=200)
 
 
 def test_stock_is_added_to_and_taken_from(shop, mug):
     path = "/products/1/stock/"
     assert shop("POST", path, {"change": 7}).json == {**mug, "stock": 12}
     assert shop("POST", path, {"change": -12}).json == {**mug, "stock": 0}
-    short = shop("POST", path, {"change": -3})
-    assert short.status_int == 409
-    assert short.json["type"] == "urn:problem-type:insufficient-stock"
+    short = shop("POST", path, {"change": -3}, status=409)
     assert short.json["shortages"] == [{"product_id": 1, "requested": 3, "available": 0}]
     shop("PATCH", "/products/1/", {"stock": 999_999_999})
     for change in 2, 1.5, "1", None, True, 10**10:
@@ -707,32 +646,22 @@ def test_a_read_is_answered_304_as_long_as_nothing_has_changed(shop, mug):
         etag = response.headers["ETag"]
         assert response.headers["Cache-Control"] == "no-cache"
         for etags in etag, "W/" + etag, '"x", ' + etag, "*":
-            response = shop("GET", path, None, {"If-None-Match": etags})
-            assert response.status_int == 304
+            response = shop("GET", path, None, {"If-None-Match": etags}, status=304)
             assert response.body == b""
             assert response.headers["ETag"] == etag
         shop.order((1, 1))
         shop("PATCH", "/orders/1/", {"status": "cancelled"})
-        fresh = shop("GET", path, None, {"If-None-Match": etag})
-        assert fresh.status_int == 200
+        fresh = shop("GET", path, None, {"If-None-Match": etag}, status=200)
         assert fresh.headers["ETag"] != etag
 
 
 # ----------------------------------------------------------------------------------------- sorting
 
-# Equal names as a search compares them, equal prices, and letters that differ in UTF-16 and UTF-8.
-UNSORTED = [
-    ("b", 3, 1),
-    ("A", 2, 0),
-    ("a", 2, 5),
-    ("B", 1, 0),
-    ("SS", 3, 2),
-    ("ß", 2, 0),
-    ("Zoe", 0, 1),
-    ("zoË", 0, 9),
-    ("\ue000", 1_000_000_000, 1),
-    ("😀", 1, 1),
-]
+# Name, price, stock: equal names as a search compares them, equal prices, and letters that differ
+# in UTF-16 and UTF-8.
+UNSORTED = (
+    "b 3 1, A 2 0, a 2 5, B 1 0, SS 3 2, ß 2 0, Zoe 0 1, zoË 0 9, \ue000 1000000000 1, 😀 1 1"
+)
 SORT_KEYS = {
     "id": lambda product: product["id"],
     "name": lambda product: db.fold(product["name"]),
@@ -742,7 +671,8 @@ PRODUCT_SORTS = ["id", "-id", "name", "-name", "price", "-price"]
 
 
 def fill_unsorted(shop):
-    return [shop.product(name=name, price=price, stock=stock) for name, price, stock in UNSORTED]
+    rows = [row.split() for row in UNSORTED.split(", ")]
+    return [shop.product(name=name, price=int(price), stock=int(n)) for name, price, n in rows]
 
 
 def in_order(products, sort):
@@ -755,8 +685,7 @@ def walk_pages(shop, path, name):
     """The items of all pages from a path on, each found by the page before it."""
     items = []
     while path:
-        page = shop("GET", path)
-        assert page.status_int == 200, page
+        page = shop("GET", path, status=200)
         assert page.json[name] or not items
         items += page.json[name]
         path = page.json["next"]
@@ -764,25 +693,19 @@ def walk_pages(shop, path, name):
     return items
 
 
-@pytest.mark.parametrize("sort", PRODUCT_SORTS)
+@pytest.mark.parametrize("sort", ["", *PRODUCT_SORTS])
 def test_products_are_sorted_and_equal_ones_go_by_id_through_all_pages(shop, sort):
-    expected = in_order(fill_unsorted(shop), sort)
-    path = f"/products/?sort={sort}"
+    expected = in_order(fill_unsorted(shop), sort or "id")
+    path = f"/products/?sort={sort}&" if sort else "/products/?"
     assert shop("GET", path).json == {"products": expected, "next": None}
     for limit in 1, 2, 3, 9, 10, 1000:
-        assert walk_pages(shop, f"{path}&limit={limit}", "products") == expected
-    next_url = f"{path}&limit=2&after={expected[1]['id']}"
-    assert shop("GET", f"{path}&limit=2").json["next"] == next_url
-    assert walk_pages(shop, f"{path}&limit=4&after=0", "products") == expected
+        assert walk_pages(shop, f"{path}limit={limit}", "products") == expected
+    next_url = f"{path}limit=2&after={expected[1]['id']}"
+    assert shop("GET", f"{path}limit=2").json["next"] == next_url
+    assert walk_pages(shop, f"{path}limit=4&after=0", "products") == expected
     for position, product in enumerate(expected):
-        rest = shop("GET", f"{path}&after={product['id']}").json
+        rest = shop("GET", f"{path}after={product['id']}").json
         assert rest == {"products": expected[position + 1 :], "next": None}
-
-
-def test_without_sort_products_go_by_id(shop):
-    products = fill_unsorted(shop)
-    assert shop("GET", "/products/").json["products"] == products
-    assert shop("GET", "/products/?limit=1").json["next"] == "/products/?limit=1&after=1"
 
 
 @pytest.mark.parametrize("sort", PRODUCT_SORTS)
@@ -829,14 +752,14 @@ def test_a_product_is_sorted_by_what_it_is_now(shop):
 def test_a_page_continues_after_a_deleted_product_where_its_place_is_known(shop):
     fill_unsorted(shop)
     shop("DELETE", "/products/3/")
-
-    def ids_of(query):
-        return [product["id"] for product in shop("GET", "/products/?" + query).json["products"]]
-
-    assert ids_of("sort=id&after=3") == ids_of("after=3") == [4, 5, 6, 7, 8, 9, 10]
-    assert ids_of("sort=-id&after=3") == [2, 1]
-    assert ids_of("sort=id&after=99") == []
-    assert ids_of("sort=-id&after=99") == [10, 9, 8, 7, 6, 5, 4, 2, 1]
+    for query, ids in [
+        ("after=3", [4, 5, 6, 7, 8, 9, 10]),
+        ("sort=id&after=3", [4, 5, 6, 7, 8, 9, 10]),
+        ("sort=-id&after=3", [2, 1]),
+        ("sort=id&after=99", []),
+        ("sort=-id&after=99", [10, 9, 8, 7, 6, 5, 4, 2, 1]),
+    ]:
+        assert shop.ids("/products/?" + query) == ids
     orders = "name", "-name", "price", "-price"
     more = "", "&limit=2", "&q=a&available=true"
     for sort, after, rest in itertools.product(orders, (3, 99), more):
@@ -846,26 +769,22 @@ def test_a_page_continues_after_a_deleted_product_where_its_place_is_known(shop)
         assert str(after) in detail
 
 
-# What may be read or sorted without an index for it, in a statement of this kind, and why.
-REASONS = [
-    ("SCAN (product|orders)", r"WHERE TRUE .*ORDER BY id( DESC)? LIMIT", "a list from its start"),
-    (
-        "SCAN product USING INDEX product_by_price(_down)?",
-        "WHERE TRUE .*ORDER BY price",
-        "likewise",
-    ),
-    ("SCAN product_search USING COVERING INDEX product_by_name", "WHERE TRUE", "likewise"),
-    ("SCAN product_search", "instr.*ORDER BY id", "a search reads all texts"),
-    ("SCAN product_search USING INDEX product_by_name", "instr.*folded_name", "likewise"),
-    ("SCAN product_search", "instr.*ORDER BY (price|folded_name)", "likewise"),
-    ("USE TEMP B-TREE FOR ORDER BY", "instr.*ORDER BY (price|folded_name)", "it sorts its finds"),
-    ("USE TEMP B-TREE FOR PART OF ORDER BY", "folded_name DESC", "equal names, by id"),
-    ("USE TEMP B-TREE FOR PART OF ORDER BY", "FROM order_line", "the lines of one order"),
-    ("USE TEMP B-TREE FOR( PART OF)? ORDER BY", "AND sku = 'S1'", "one product"),
-    ("SCAN product USING COVERING INDEX .*", "SELECT id FROM product LIMIT 1", "for the health"),
-]
-
-
+# What may be read or sorted without an index for it, and in which statements.
+REASONS = {
+    # a list from its start
+    "SCAN (product|orders)": r"WHERE TRUE .*ORDER BY id( DESC)? LIMIT",
+    "SCAN product USING INDEX product_by_price(_down)?": "WHERE TRUE .*ORDER BY price",
+    "SCAN product_search USING COVERING INDEX product_by_name": "WHERE TRUE",
+    # a search, which reads all texts and sorts what it finds
+    "SCAN product_search": "instr.*ORDER BY (id|price|folded_name)",
+    "SCAN product_search USING INDEX product_by_name": "instr.*folded_name",
+    "USE TEMP B-TREE FOR ORDER BY": "instr.*ORDER BY (price|folded_name)",
+    # equal names by id, the lines of one order; the one product with a sku
+    "USE TEMP B-TREE FOR PART OF ORDER BY": "folded_name DESC|FROM order_line",
+    "USE TEMP B-TREE FOR( PART OF)? ORDER BY": "AND sku = 'S1'",
+    # the health check
+    "SCAN product USING COVERING INDEX .*": "SELECT id FROM product LIMIT 1",
+}
 # How a statement of this kind finds its rows.
 INDEXES = {
     "AND sku = 'S1'": r"product USING INDEX product_by_sku \(",
@@ -913,6 +832,7 @@ def test_no_statement_reads_or_sorts_more_than_it_must(tmp_path):
     before = db.timestamp(-100)
     assert store.expire_orders(before) == 4
     store.check_health()
+    store.close()
     with connect(tmp_path / "store") as connection:
         plans = {
             text: [row[3] for row in connection.execute("EXPLAIN QUERY PLAN " + text)]
@@ -921,7 +841,6 @@ def test_no_statement_reads_or_sorts_more_than_it_must(tmp_path):
         }
         insert = next(text for text in plans if text.startswith("INSERT INTO orders"))
         opcodes = {row[1] for row in connection.execute("EXPLAIN " + insert)}
-    store.close()
     assert "OpenEphemeral" not in opcodes  # a CHECK with IN would make a table for each order
     assert len(plans) > 150
     for kind, found_by in INDEXES.items():
@@ -929,33 +848,12 @@ def test_no_statement_reads_or_sorts_more_than_it_must(tmp_path):
         assert of_kind, kind
         for text, plan in of_kind.items():
             assert re.search(f"SEARCH .*{found_by}", plan), (text, plan)
-    used = set()
     for text, plan in plans.items():
         for step in plan:
             step = re.sub("RIGHT PART|LAST TERM|LAST 2 TERMS", "PART", step)
-            if not re.match(r"SCAN (?!json_each|CONSTANT|\(subquery)|.*(TEMP|AUTOMATIC)", step):
-                continue
-            reasons = {
-                reason
-                for reason in REASONS
-                if re.fullmatch(reason[0], step) and re.search(reason[1], text)
-            }
-            assert reasons, (step, text)
-            used |= reasons
-    # The planner of a newer SQLite may do without one of them.
-    assert used == set(REASONS) or sqlite3.sqlite_version_info > (3, 41)
-
-
-@pytest.mark.parametrize("sort", ["", "stock", "Id", "--id", "+id", "id,name", "id&sort=id"])
-def test_an_unknown_order_is_rejected(shop, sort):
-    for query in f"products/?sort={sort}", f"orders/?sort={sort}", "orders/?sort=name":
-        response = shop("GET", "/" + query)
-        assert list(errors_of(response)) == ["sort"]
-        assert response.json["errors"][0]["parameter"] == "sort"
-
-
-def order_ids_of(shop, query):
-    return [order["id"] for order in shop("GET", "/orders/" + query).json["orders"]]
+            if re.match(r"SCAN (?!json_each|CONSTANT|\(subquery)|.*(TEMP|AUTOMATIC)", step):
+                kinds = [kind for known, kind in REASONS.items() if re.fullmatch(known, step)]
+                assert any(re.search(kind, text) for kind in kinds), (step, text)
 
 
 # -------------------------------------------------------------------------------------- every path
@@ -977,15 +875,12 @@ PATH_METHODS = {
 def test_options_lists_the_methods_of_a_path_and_the_others_are_a_405(shop, mug, path, methods):
     methods = methods.split()
     allow = ", ".join(sorted([*methods, "OPTIONS"]))
-    options = shop("OPTIONS", path)
-    assert options.status_int == 204
+    options = shop("OPTIONS", path, status=204)
     assert options.headers["Allow"] == allow
     assert options.body == b""
     all_methods = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW"}
     for method in all_methods - set(methods):
-        refused = shop(method, path)
-        assert refused.status_int == 405
-        assert refused.headers["Allow"] == allow
+        assert shop(method, path, status=405).headers["Allow"] == allow
 
 
 def test_head_answers_with_the_headers_of_get(shop, mug):
@@ -997,16 +892,14 @@ def test_head_answers_with_the_headers_of_get(shop, mug):
     for path in paths.split():
         get = shop("GET", path)
         head = shop("HEAD", path)
-        assert head.status == get.status
-        assert head.headerlist == get.headerlist
-        assert head.body == b""
+        assert (head.status, head.headerlist, head.body) == (get.status, get.headerlist, b"")
 
 
 def test_the_index_names_paths_that_exist_and_health_is_ok(shop):
     index = shop("GET", "/").json
     assert set(index.values()) == {"/products/", "/orders/", "/healthz", "/openapi.json"}
     for path in index.values():
-        assert shop("GET", path).status_int == 200
+        shop("GET", path, status=200)
     assert shop("GET", "/healthz").json == {"status": "ok"}
 
 
@@ -1020,17 +913,15 @@ def mounted(shop, catchall=True):
 
 @pytest.mark.parametrize("catchall", [None, True, False])
 def test_an_unexpected_error_is_a_500_that_reveals_nothing(shop, mug, database, catchall):
-    path = ""
     if catchall is not None:
         shop = mounted(shop, catchall)
-        path = "/a/b"
-    assert shop("GET", f"{path}/products/").status_int == 200
+    shop("GET", "/products/", status=200)
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
-    assert_reveals_nothing(shop("GET", f"{path}/products/"))
-    assert_reveals_nothing(shop("POST", f"{path}/orders/", order_of((1, 1))))
-    assert shop("GET", f"{path}/healthz").status_int == 503
-    assert shop("GET", f"{path}/openapi.json").status_int == 200
+    assert_reveals_nothing(shop("GET", "/products/"))
+    assert_reveals_nothing(shop.order((1, 1)))
+    shop("GET", "/healthz", status=503)
+    shop("GET", "/openapi.json", status=200)
 
 
 def assert_reveals_nothing(response):
@@ -1046,18 +937,17 @@ def assert_reveals_nothing(response):
 
 def test_urls_carry_the_script_name_of_a_mounted_shop(shop):
     client = mounted(shop)
-    response = client("POST", "/a/b/products/", {"name": "x", "price": 1, "stock": 9})
-    assert response.headers["Location"] == "/a/b/products/1/"
-    client("POST", "/a/b/products", {"name": "y", "price": 1})
-    order = client("POST", "/a/b/orders/", order_of((1, 1)))
-    assert order.status_int == 201
+    product = client("POST", "/products/", {"name": "x", "price": 1, "stock": 9})
+    assert product.headers["Location"] == "/a/b/products/1/"
+    client("POST", "/products", {"name": "y", "price": 1}, status=201)
+    order = client("POST", "/orders/", order_of((1, 1)), status=201)
     assert order.headers["Location"] == "/a/b/orders/1/"
-    page = client("GET", "/a/b/products/?limit=1")
+    page = client("GET", "/products/?limit=1")
     assert page.json["next"] == "/a/b/products/?limit=1&after=1"
     assert "</a/b/" in page.headers["Link"]
-    assert client("GET", "/a/b/").json["orders"] == "/a/b/orders/"
-    assert client("GET", "/a/b/openapi.json").json["servers"] == [{"url": "/a/b"}]
-    assert client("GET", "/a/b/products/%E6%97%A5/").status_int == 404
+    assert client("GET", "/").json["orders"] == "/a/b/orders/"
+    assert client("GET", "/openapi.json").json["servers"] == [{"url": "/a/b"}]
+    client("GET", "/products/%E6%97%A5/", status=404)
 
 
 def test_an_embedding_program_adds_routes_and_plugins_of_its_own(shop, mug):
@@ -1075,7 +965,7 @@ def test_an_embedding_program_adds_routes_and_plugins_of_its_own(shop, mug):
     shop.app.app.bottle.install(count_calls)
     assert shop.app.get("/hello").text == "hi"
     assert shop("GET", "/products/1/").json == mug
-    assert shop.order((1, 1)).status_int == 201
+    shop.order((1, 1), status=201)
     assert len(calls) == 3
 
 
@@ -1083,8 +973,8 @@ def test_two_shops_in_one_process_do_not_touch_each_other(make_shop, shop, tmp_p
     other = make_shop(f"sqlite:///{tmp_path}/other.sqlite3", admin_token="secret")
     shop.product()
     assert other("GET", "/products/").json["products"] == []
-    assert other("GET", "/orders/").status_int == 401
-    assert shop("GET", "/orders/").status_int == 200
+    other("GET", "/orders/", status=401)
+    shop("GET", "/orders/", status=200)
 
 
 def test_the_store_rejects_an_order_without_lines_or_with_two_for_a_product(shop, mug):
@@ -1120,18 +1010,10 @@ def test_importing_the_shop_has_no_effects(tmp_path):
 
 
 def test_db_knows_no_http_and_shop_no_sql():
-    db_imports = imported_modules("db.py")
-    assert not db_imports & {"bottle", "http", "shop", "urllib", "waitress", "wsgiref"}
-    assert "sqlite3" in db_imports
-    assert "sqlite3" not in imported_modules("shop.py")
-    sql = re.compile(r"\b(SELECT|INSERT INTO|DELETE FROM|BEGIN|COMMIT|ROLLBACK|PRAGMA|SAVEPOINT)\b")
-    for node in ast.walk(ast.parse((HERE / "shop.py").read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not sql.search(node.value), f"shop.py, line {node.lineno}"
-
-
-def imported_modules(file):
-    return set(re.findall(r"^ *(?:import|from) (\w+)", (HERE / file).read_text(), re.M))
+    http_modules = r"^ *(import|from) (bottle|http|shop|urllib|waitress|wsgiref)\b"
+    assert not re.search(http_modules, (HERE / "db.py").read_text(), re.M)
+    sql = r"\b(SELECT|INSERT INTO|DELETE FROM|BEGIN|COMMIT|ROLLBACK|PRAGMA|SAVEPOINT)\b"
+    assert not re.search(f"{sql}|import sqlite3", (HERE / "shop.py").read_text())
 
 
 # ------------------------------------------------------------------------------------------ orders
@@ -1140,8 +1022,7 @@ def imported_modules(file):
 def test_an_order_takes_the_stock_and_copies_name_price_and_sku(shop):
     mug = shop.product(sku="MUG", metadata={"not": "copied"})
     tea = shop.product(name="Tea", price=4.99, stock=1)
-    response = shop.order((tea["id"], 1), (mug["id"], 2))
-    assert response.status_int == 201
+    response = shop.order((tea["id"], 1), (mug["id"], 2), status=201)
     assert response.headers["Location"] == "/orders/1/"
     created_at = time.strptime(response.json["created_at"], "%Y-%m-%dT%H:%M:%SZ")
     assert abs(time.time() - calendar.timegm(created_at)) < 60
@@ -1157,8 +1038,7 @@ def test_an_order_takes_the_stock_and_copies_name_price_and_sku(shop):
             {"product_id": 1, "name": "Mug", "price": 9.99, "quantity": 2, "sku": "MUG"},
         ],
     }
-    assert shop.stock(mug) == 3
-    assert shop.stock(tea) == 0
+    assert (shop.stock(mug), shop.stock(tea)) == (3, 0)
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1, "sku": "CUP"})
     shop("DELETE", "/products/2/")
     assert shop("GET", "/orders/1/").json == response.json
@@ -1166,18 +1046,17 @@ def test_an_order_takes_the_stock_and_copies_name_price_and_sku(shop):
 
 
 def test_an_order_that_is_short_of_anything_changes_nothing(shop, mug):
-    tea = shop.product(name="Tea", stock=1)
-    jam = shop.product(name="Jam", stock=50)
-    short = shop.order((mug["id"], 6), (jam["id"], 50), (tea["id"], 2))
-    assert short.status_int == 409
-    assert short.json["title"] == "Insufficient stock"
-    assert short.json["shortages"] == [
+    shop.product(name="Tea", stock=1)
+    shop.product(name="Jam", stock=50)
+    before = everything(shop)
+    short = shop.order((1, 6), (3, 50), (2, 2), status=409).json
+    assert short["title"] == "Insufficient stock"
+    assert short["shortages"] == [
         {"product_id": 1, "requested": 6, "available": 5},
         {"product_id": 2, "requested": 2, "available": 1},
     ]
-    assert short.json["detail"].startswith("Product 1 has 5 left, 6 were asked for.")
-    assert [shop.stock(product) for product in (mug, tea, jam)] == [5, 1, 50]
-    assert shop("GET", "/orders/").json == {"orders": [], "next": None}
+    assert short["detail"].startswith("Product 1 has 5 left, 6 were asked for.")
+    assert everything(shop) == before
 
 
 @pytest.mark.parametrize("first, second", [("1", "1.0"), ("1.0", "1.0"), ("1e0", "1"), ("1", "1")])
@@ -1251,9 +1130,8 @@ def test_the_greatest_order_there_can_be_has_an_exact_total(shop):
     stocks = [product["stock"] for product in before[0]["products"]]
     assert stocks == [90_002, 90_000, 99_998, 99_999, 100_000]
     for lines in [*nearly, (5, 1)], [(1, 10_000), (4, 1)], [(1, 90_000)]:
-        refused = shop.order(*lines)
-        detail = "products make a total over 10000000000000."
-        assert errors_of(refused) == {"#/products": detail}
+        errors = {"#/products": "products make a total over 10000000000000."}
+        assert errors_of(shop.order(*lines)) == errors
     assert everything(shop) == before
     assert re.findall(r'"total_price":([^,]+)', shop("GET", "/orders/").text) == totals
 
@@ -1291,25 +1169,20 @@ def test_orders_are_paged_filtered_sorted_and_polled(shop):
     for limit, (sort, step) in itertools.product((4, 35), [("id", 1), ("-id", -1)]):
         walked = walk_pages(shop, f"/orders/?sort={sort}&limit={limit}", "orders")
         assert [order["id"] for order in walked] == [*range(1, 106)][::step]
-    for query in "limit=1001", "status=lost", "status=", "q=x":
-        assert list(errors_of(shop("GET", "/orders/?" + query))) == [query.partition("=")[0]]
 
 
 @pytest.mark.parametrize("statuses", [[], ["completed", "completed"]])
 def test_a_cancelled_order_puts_its_stock_back_once_and_for_good(shop, mug, database, statuses):
     shop.order((1, 4))
     for status in *statuses, *["cancelled"] * 3:
-        etag = shop("GET", "/orders/1/").headers["ETag"]
+        etag = etag_of(shop, "/orders/1/")
         before = shop("GET", "/orders/1/").json
-        changed = shop("PATCH", "/orders/1/", {"status": status})
-        assert changed.status_int == 200
+        changed = shop("PATCH", "/orders/1/", {"status": status}, status=200)
         assert changed.json == {**before, "status": status}
         assert (changed.headers["ETag"] == etag) == (before["status"] == status)
         assert shop.stock(mug) == (5 if status == "cancelled" else 1)
-    for body in {"status": "completed"}, {"status": "completed", "reference": "lost"}:
-        refused = shop("PATCH", "/orders/1/", body)
-        assert refused.status_int == 409
-        assert refused.json["type"] == "urn:problem-type:invalid-transition"
+    for more in {}, {"reference": "lost", "metadata": {"lost": "x"}}:
+        refused = shop("PATCH", "/orders/1/", {"status": "completed"} | more, status=409)
         assert refused.json["detail"] == "Order 1 is cancelled and cannot become completed."
     assert shop("GET", "/orders/1/").json == changed.json
     assert steps_of(shop) == [(5, 5, None, ""), (-4, 1, 1, ""), (4, 5, 1, "")]
@@ -1325,27 +1198,27 @@ def referring(reference, *lines):
 
 @pytest.mark.parametrize("reference", ["", "cart-17", "é" * 200, "😀" * 200, " \t\n", "ﬁ/?&=#%00"])
 def test_a_reference_is_text_of_the_caller_that_stays_with_the_order(shop, mug, reference):
-    created = shop("POST", "/orders/", referring(reference, (1, 1)))
-    assert created.status_int == 201
+    created = shop("POST", "/orders/", referring(reference, (1, 1)), status=201)
     assert created.json["reference"] == reference
     assert shop("GET", "/orders/1/").json == created.json
     assert shop("GET", "/orders/").json["orders"] == [created.json]
     cancelled = shop("PATCH", "/orders/1/", {"status": "cancelled"})
     assert cancelled.json == {**created.json, "status": "cancelled"}
     assert shop("GET", "/orders/1/").json == cancelled.json
-    query = urllib.parse.urlencode({"reference": reference})
-    assert order_ids_of(shop, "?" + query) == [1]
+    assert shop.ids("/orders/?" + urllib.parse.urlencode({"reference": reference})) == [1]
 
 
 @pytest.mark.parametrize("reference", ["x" * 201, "\0", "a\0b", "\ud800", None, 17, ["x"], True])
 def test_a_reference_must_be_text_of_up_to_200_characters(shop, mug, reference):
-    response = shop("POST", "/orders/", referring(reference, (1, 1)))
-    assert list(errors_of(response)) == ["#/reference"]
-    assert shop.stock(mug) == 5
     shop.order((1, 1))
-    body = {"reference": reference, "status": "completed"}
-    assert list(errors_of(shop("PATCH", "/orders/1/", body))) == ["#/reference"]
-    assert shop("GET", "/orders/1/").json["status"] == "pending"
+    before = everything(shop)
+    for method, path, body in [
+        ("POST", "/orders/", order_of((1, 1))),
+        ("PATCH", "/orders/1/", {"status": "completed"}),
+    ]:
+        refused = shop(method, path, body | {"reference": reference})
+        assert list(errors_of(refused)) == ["#/reference"]
+    assert everything(shop) == before
 
 
 def test_orders_are_found_by_their_reference(shop):
@@ -1366,9 +1239,7 @@ def test_orders_are_found_by_their_reference(shop):
         ("?reference=cart-1&after=1&limit=1", [4]),
         ("", [1, 2, 3, 4, 5, 6, 7]),
     ]:
-        assert order_ids_of(shop, query) == ids, query
-    for value in "x" * 201, "%00", "%FF", "a&reference=a":
-        assert list(errors_of(shop("GET", "/orders/?reference=" + value))) == ["reference"]
+        assert shop.ids("/orders/" + query) == ids
 
 
 # --- skus and metadata
@@ -1384,18 +1255,13 @@ def ids_by_sku(shop, sku, more=""):
 
 def test_a_sku_is_any_text_of_64_characters_and_found_code_point_by_code_point(shop):
     for product_id, sku in enumerate(SKUS, 1):
-        created = shop("POST", "/products/", {"name": "x", "price": 1, "sku": sku})
-        assert created.status_int == 201, sku
-        assert created.json["sku"] == sku
-        assert shop("GET", f"/products/{product_id}/").json == created.json
+        created = shop.product(sku=sku)
+        assert created["sku"] == sku
+        assert shop("GET", f"/products/{product_id}/").json == created
     for product_id, sku in enumerate(SKUS, 1):
         assert ids_by_sku(shop, sku) == [product_id]
     for sku in "x", "E", "\u0301", "nothing":
         assert ids_by_sku(shop, sku) == []
-    for query in "%20x", "x%0A", "x%00y", "%FF", "x%1F", "x" * 65, "x&sku=y":
-        response = shop("GET", "/products/?sku=" + query)
-        assert list(errors_of(response)) == ["sku"]
-        assert response.json["errors"][0]["parameter"] == "sku"
 
 
 def test_products_are_found_by_their_sku_or_by_having_none(shop):
@@ -1410,18 +1276,11 @@ def test_products_are_found_by_their_sku_or_by_having_none(shop):
     assert shop("GET", "/products/?sku=&limit=1").json["next"] == "/products/?sku=&limit=1&after=2"
 
 
-def test_the_error_of_a_sku_names_all_that_it_may_not_have(shop):
-    response = shop("POST", "/products/", {"name": "x", "price": 1, "sku": "x\x1b"})
-    detail = "sku must have no NUL, and no white space or control characters at its ends."
-    assert errors_of(response) == {"#/sku": detail}
-
-
-def assert_duplicate(response, product_id, sku):
-    assert response.status_int == 409, response
-    assert response.json["type"] == "urn:problem-type:duplicate-sku"
-    assert response.json["title"] == "Duplicate sku"
-    assert response.json["product_id"] == product_id
-    assert response.json["detail"] == f"Product {product_id} already has the sku '{sku}'."
+def duplicate_sku(product_id, sku):
+    """The problem of a second product with a sku; product_id: the first."""
+    problem = {"type": "urn:problem-type:duplicate-sku", "title": "Duplicate sku", "status": 409}
+    detail = f"Product {product_id} already has the sku '{sku}'."
+    return problem | {"product_id": product_id, "detail": detail}
 
 
 def test_a_second_product_with_a_sku_is_rejected_until_it_is_free(shop, database):
@@ -1431,39 +1290,32 @@ def test_a_second_product_with_a_sku_is_rejected_until_it_is_free(shop, database
     key = {"Idempotency-Key": "k"}
     new = {"name": "x", "price": 1, "stock": 3, "sku": "A"}
     patch = {"name": "lost", "stock": 9, "metadata": {"lost": "x"}, "sku": "A"}
-    assert_duplicate(shop("POST", "/products/", new, key), 1, "A")
+    assert shop("POST", "/products/", new, key).json == duplicate_sku(1, "A")
     for path in "/products/2/", "/products/3/":
-        assert_duplicate(shop("PATCH", path, patch), 1, "A")
-    stale = shop("PATCH", "/products/2/", patch, {"If-Match": '"stale"'})
-    assert stale.status_int == 412
-    assert shop("PATCH", "/products/9/", patch).status_int == 404
+        assert shop("PATCH", path, patch).json == duplicate_sku(1, "A")
+    shop("PATCH", "/products/2/", patch, {"If-Match": '"stale"'}, status=412)
+    shop("PATCH", "/products/9/", patch, status=404)
     assert shop("GET", "/products/").json == products
     assert shop("PATCH", "/products/1/", {"sku": "A", "price": 3}).json["price"] == 3
     assert shop("PATCH", "/products/1/", {"sku": "B"}).json["sku"] == "B"
     created = shop("POST", "/products/", new, key)  # a rejected request may be repeated
     assert created.json["id"] == 5
     assert "Idempotent-Replayed" not in created.headers
-    assert_duplicate(shop("POST", "/products/", new), 5, "A")
+    assert shop("POST", "/products/", new).json == duplicate_sku(5, "A")
     shop("DELETE", "/products/5/")
     assert shop("POST", "/products/", new).json["id"] == 6
     shop("PATCH", "/products/6/", {"sku": ""})
-    assert shop("PATCH", "/products/4/", {"sku": "A"}).status_int == 200
+    shop("PATCH", "/products/4/", {"sku": "A"}, status=200)
     skus = [product["sku"] for product in shop("GET", "/products/").json["products"]]
     assert skus == ["B", "a", "", "A", ""]
     assert db.check_integrity(database) == []
 
 
 def test_one_of_sixteen_threads_creates_a_sku_and_the_others_get_the_id_of_its_product(shop):
-    def create(n):
-        body = {"name": f"n{n}", "price": n, "sku": "MUG-BL"}
-        return Client(shop.app.app)("POST", "/products/", body)
-
-    responses = at_once(16, create)
-    [created] = [response for response in responses if response.status_int == 201]
-    for response in responses:
-        if response is not created:
-            assert_duplicate(response, created.json["id"], "MUG-BL")
-    assert shop("GET", "/products/").json["products"] == [created.json]
+    responses = at_once(16, lambda n: Client(shop.app.app).product(name=f"n{n}", sku="MUG-BL"))
+    [created] = shop("GET", "/products/").json["products"]
+    responses.remove(created)
+    assert responses == [duplicate_sku(created["id"], "MUG-BL")] * 15
 
 
 FULL_METADATA = {f"{number:040}": "😀" * 500 for number in range(3)}
@@ -1514,9 +1366,7 @@ def test_metadata_is_fifty_texts_of_500_characters_by_short_names(shop, mug):
 
 
 @pytest.mark.parametrize("metadata, pointers", INVALID_METADATA)
-def test_invalid_metadata_is_rejected_with_a_pointer_and_nothing_is_done(
-    shop, mug, metadata, pointers
-):
+def test_invalid_metadata_is_named_by_a_pointer_and_nothing_is_done(shop, mug, metadata, pointers):
     shop.order((1, 1))
     before = everything(shop)
     for method, path, body in writes_of(metadata):
@@ -1525,13 +1375,15 @@ def test_invalid_metadata_is_rejected_with_a_pointer_and_nothing_is_done(
 
 
 def test_a_new_item_takes_neither_null_nor_more_than_fifty_entries(shop, mug):
-    new_product, new_order, *_ = writes_of({"a": "x", "b": None})
-    for method, path, body in new_product, new_order:
-        assert errors_of(shop(method, path, body)) == {"#/metadata/b": "b must be a string."}
-        body["metadata"] = FULL_METADATA | {"more": ""}
-        detail = "metadata must have at most 50 entries, not 51."
-        assert errors_of(shop(method, path, body)) == {"#/metadata": detail}
-    assert everything(shop) == ({"products": [mug], "next": None}, {"orders": [], "next": None})
+    before = everything(shop)
+    too_many = "metadata must have at most 50 entries, not 51."
+    for entries, errors in [
+        ({"a": "x", "b": None}, {"#/metadata/b": "b must be a string."}),
+        (FULL_METADATA | {"more": ""}, {"#/metadata": too_many}),
+    ]:
+        for method, path, body in writes_of(entries)[:2]:
+            assert errors_of(shop(method, path, body)) == errors
+    assert everything(shop) == before
 
 
 @pytest.mark.parametrize("path", ["/products/1/", "/orders/1/"])
@@ -1547,19 +1399,17 @@ def test_a_patch_merges_metadata_and_null_removes_an_entry(shop, mug, path, medi
         ({"A": "4"}, {"a": "3", "A": "4"}),
         (dict.fromkeys(["a", "A"]), {}),
     ]:
-        response = shop("PATCH", path, {"metadata": patch}, {"Content-Type": media_type})
-        assert response.status_int == 200
-        assert response.json == {**item, "metadata": merged}
-        read = shop("GET", path)
-        assert read.json == response.json
-        assert read.headers["ETag"] == response.headers["ETag"]
+        headers = {"Content-Type": media_type}
+        response = shop("PATCH", path, {"metadata": patch}, headers, status=200)
+        assert response.json == shop("GET", path).json == {**item, "metadata": merged}
+        assert response.headers["ETag"] == etag_of(shop, path)
 
 
 def test_a_patch_in_another_media_type_is_a_415_that_names_both_accepted_ones(shop, mug):
     shop.order((1, 1))
+    headers = {"Content-Type": "application/json-patch"}
     for path in "/products/1/", "/orders/1/":
-        refused = shop("PATCH", path, {"metadata": {}}, {"Content-Type": "application/json-patch"})
-        assert refused.status_int == 415
+        refused = shop("PATCH", path, {"metadata": {}}, headers, status=415)
         assert refused.headers["Accept"] == "application/json, application/merge-patch+json"
 
 
@@ -1575,18 +1425,15 @@ def test_more_than_fifty_entries_after_a_merge_are_rejected_with_the_rest_of_the
             refused = shop("PATCH", path, rest | {"metadata": patch})
             detail = f"metadata must have at most 50 entries, not {number}."
             assert errors_of(refused) == {"#/metadata": detail}
-            assert everything(shop) == before
-        swapped = shop("PATCH", path, {"metadata": {"x": "", "Key_0-": None}})
-        assert len(swapped.json["metadata"]) == 50
-        assert "x" in swapped.json["metadata"]
-        assert "Key_0-" not in swapped.json["metadata"]
+        assert everything(shop) == before
+        swapped = shop("PATCH", path, {"metadata": {"x": "", "Key_0-": None}}).json["metadata"]
+        assert swapped.keys() == (FULL_METADATA | {"x": ""}).keys() - {"Key_0-"}
 
 
 def test_neither_sku_nor_metadata_is_searched(shop):
     shop.product(name="Mug", sku="ZEBRA", metadata={"animal": "zebra"})
-    assert find_ids(shop, "mug") == [1]
-    for q in "zebra", "animal", "mug zebra":
-        assert find_ids(shop, q) == []
+    for q, ids in ("mug", [1]), ("zebra", []), ("animal", []), ("mug zebra", []):
+        assert find_ids(shop, q) == ids
 
 
 def test_a_patch_of_an_order_takes_any_of_its_three_fields_in_every_status(shop, mug):
@@ -1594,30 +1441,23 @@ def test_a_patch_of_an_order_takes_any_of_its_three_fields_in_every_status(shop,
     order = shop("POST", "/orders/", referring("cart", (1, 2)) | {"metadata": metadata}).json
     assert order["metadata"] == metadata
     for status in "pending", "completed", "cancelled":
-        for patch in (
-            {"reference": status},
-            {"metadata": {status: "x"}},
-            {"reference": "", "metadata": {status: "y"}},
-            *([{"status": status}] if status != "pending" else []),
-        ):
-            metadata = metadata | patch.get("metadata", {})
-            order |= patch | {"metadata": metadata}
+        both = {"reference": "", "metadata": {status: "y"}}
+        for patch in {"reference": status}, {"metadata": {status: "x"}}, both:
             if status != "pending":
                 patch["status"] = status
-                order["status"] = status
-            response = shop("PATCH", "/orders/1/", patch)
-            assert response.status_int == 200
+            metadata = metadata | patch.get("metadata", {})
+            order |= patch | {"metadata": metadata}
+            response = shop("PATCH", "/orders/1/", patch, status=200)
             assert response.json == shop("GET", "/orders/1/").json == order
-            assert order_ids_of(shop, f"?reference={order['reference']}&status={status}") == [1]
+            assert shop.ids(f"/orders/?reference={order['reference']}&status={status}") == [1]
     assert shop.stock(mug) == 5
 
 
 def test_a_rejected_update_of_an_order_changes_nothing(shop, mug):
     shop.order((1, 1))
     before = everything(shop)
-    names = "status, reference, metadata"
-    body = shop("PATCH", "/orders/1/", {})
-    assert errors_of(body) == {"#": f"The body must have at least one of {names}."}
+    detail = "The body must have at least one of status, reference, metadata."
+    assert errors_of(shop("PATCH", "/orders/1/", {})) == {"#": detail}
     for patch, pointers in [
         ({"status": "pending"}, "#/status"),
         ({"status": "shipped", "reference": "lost"}, "#/status"),
@@ -1626,12 +1466,6 @@ def test_a_rejected_update_of_an_order_changes_nothing(shop, mug):
         ({"metadata": {"a": 1}, "status": "cancelled"}, "#/metadata/a"),
     ]:
         assert sorted(errors_of(shop("PATCH", "/orders/1/", patch))) == pointers.split()
-    assert everything(shop) == before
-    shop("PATCH", "/orders/1/", {"status": "cancelled"})
-    before = everything(shop)
-    lost = {"status": "completed", "reference": "lost", "metadata": {"lost": "x"}}
-    refused = shop("PATCH", "/orders/1/", lost)
-    assert refused.json["type"] == "urn:problem-type:invalid-transition"
     assert everything(shop) == before
 
 
@@ -1656,8 +1490,7 @@ def test_a_key_is_for_one_request_and_a_repeat_gets_its_first_response_and_does_
         before = everything(shop)
         quoted = {"Idempotency-Key": f'"key{path}"'}
         again = shop("POST", path.rstrip("/"), body, quoted)
-        assert again.status == first.status
-        assert again.body == first.body
+        assert (again.status, again.body) == (first.status, first.body)
         assert again.headers.get("Location") == first.headers.get("Location")
         assert again.headers["Idempotent-Replayed"] == "true"
         requests = [(path, body | change) for change in changes]
@@ -1675,8 +1508,7 @@ def test_a_repeat_may_write_the_same_json_in_another_way(shop, mug):
         b'\xef\xbb\xbf{\n  "reference": "till-4",\n  "metadata": {"a": "\\u0031", "b": "\\u00e9"},'
         b' "products": [{"quantity": 2.0, "product_id": 1e0}]\n}\n',
     ]
-    first, repeat = (shop("POST", "/orders/", body, key) for body in bodies)
-    assert first.status_int == repeat.status_int == 201
+    first, repeat = (shop("POST", "/orders/", body, key, status=201) for body in bodies)
     assert repeat.headers["Idempotent-Replayed"] == "true"
     assert repeat.body == first.body
     assert shop.stock(mug) == 3
@@ -1688,11 +1520,11 @@ def test_a_repeat_may_write_the_same_json_in_another_way(shop, mug):
 
 
 def test_a_key_from_before_this_fingerprint_is_never_done_twice(shop, mug, database):
-    shop("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "old"})
+    key = {"Idempotency-Key": "old"}
+    shop.order((1, 1), **key)
     with connect(database) as connection:
         connection.execute("UPDATE idempotency_key SET fingerprint = 'as it was'")
-    repeat = shop("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "old"})
-    assert repeat.status_int == 422
+    shop.order((1, 1), **key, status=422)
     assert shop.stock(mug) == 4
 
 
@@ -1703,12 +1535,11 @@ INVALID_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "key, status",
-    [*((key, 201) for key in VALID_KEYS), *((key, 400) for key in INVALID_KEYS)],
-)
-def test_a_key_is_1_to_255_visible_ascii_characters_bare_or_quoted(shop, mug, key, status):
-    assert shop.order((1, 1), **{"Idempotency-Key": key}).status_int == status
+@pytest.mark.parametrize("keys, status", [(VALID_KEYS, 201), (INVALID_KEYS, 400)])
+def test_a_key_is_1_to_255_visible_ascii_characters_bare_or_quoted(shop, keys, status):
+    shop.product(stock=99)
+    for key in keys:
+        shop.order((1, 1), **{"Idempotency-Key": key}, status=status)
 
 
 # ------------------------------------------------------------------------------------------ access
@@ -1722,16 +1553,14 @@ WRONG_CREDENTIALS = [
 def test_wrong_credentials_are_a_401_before_anything_else_is_looked_at(make_shop):
     shop = make_shop(admin_token="s3cret~token", order_token="0rder")
     shop.app.app.store.create_product(name="x", price=100, stock=9)
-    for method, path, body in [
-        ("PATCH", "/products/1/", {"price": 2}),
-        ("GET", "/orders/99/", None),
-        ("POST", "/products/", b"{"),
-        ("POST", "/orders/", order_of((1, 1))),
+    for method, path, body, key in [
+        ("PATCH", "/products/1/", {"price": 2}, {}),
+        ("GET", "/orders/99/", None, {}),
+        ("POST", "/products/", b"{", {}),
+        ("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "k"}),
     ]:
-        key = {"Idempotency-Key": "k"} if path == "/orders/" else {}
         for credentials in WRONG_CREDENTIALS:
-            refused = shop(method, path, body, credentials | key)
-            assert refused.status_int == 401
+            refused = shop(method, path, body, credentials | key, status=401)
             assert refused.headers["WWW-Authenticate"] == "Bearer"
             assert "s3cret" not in refused.text
         allowed = shop(method, path, body, {"Authorization": "bearer s3cret~token"} | key)
@@ -1782,35 +1611,29 @@ def test_each_route_is_open_to_the_tokens_its_access_names(make_shop, settings, 
     store.create_order([{"product_id": 1, "quantity": 1}])
     for name, (access, method, path, body) in ACCESS.items():
         response = shop(method, path, body, bearer(token) if token else {})
-        assert (response.status_int != 401) == (access in open_to_it.split()), name
-        if response.status_int == 401:
+        if access in open_to_it.split():
+            assert response.status_int in (200, 201, 204), name
+        else:
+            assert response.status_int == 401, name
             assert response.headers["WWW-Authenticate"] == "Bearer"
             assert "0rder" not in response.text
             assert "adm1n" not in response.text
-        else:
-            assert response.status_int in (200, 201, 204), name
-
-
-def test_a_token_for_orders_needs_one_for_the_admin(make_shop):
-    with pytest.raises(shop_module.ConfigError, match="ORDER_TOKEN needs ADMIN_TOKEN"):
-        make_shop(order_token="0rder")
 
 
 # ---------------------------------------------------------------------------------------- browsers
+
+
+def names_in(header):
+    return {name.strip() for name in header.split(",")}
+
 
 ORIGIN = "https://shop.example"
 CORS_SETTINGS = [
     *(ORIGIN, f"http://localhost:3000 , {ORIGIN},", f" {ORIGIN}  http://[::1]:80 "),
     *(f"http://a,{ORIGIN}", "*", f"*,{ORIGIN}"),
 ]
-EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "Idempotent-Replayed"}
-PREFLIGHT_HEADERS = {
-    "Authorization",
-    "Content-Type",
-    "Idempotency-Key",
-    "If-Match",
-    "If-None-Match",
-}
+EXPOSED_HEADERS = names_in("ETag, Link, Location, Retry-After, Idempotent-Replayed")
+PREFLIGHT_HEADERS = names_in("Authorization,Content-Type,Idempotency-Key,If-Match,If-None-Match")
 
 # Each status of the application, and a request to it by somebody without a token.
 CORS_REQUESTS = [
@@ -1836,24 +1659,23 @@ CORS_REQUESTS = [
 ]
 
 
-def names_in(header):
-    return {name.strip() for name in header.split(",")}
-
-
 def cors_headers(response):
     prefix = "access-control-"
-    return {
-        name.lower().removeprefix(prefix): value
-        for name, value in response.headers.items()
-        if name.lower().startswith(prefix)
-    }
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    return {name.removeprefix(prefix): headers[name] for name in headers if name.startswith(prefix)}
 
 
-def cors_shop(make_shop, origins):
-    shop = make_shop(cors_origins=origins, admin_token="secret")
-    for _ in range(2):
-        shop.app.app.store.create_product(name="x", price=100, stock=9)
-    return shop
+@pytest.fixture(params=[False, True], ids=["alone", "mounted"])
+def cors_shop(request, make_shop):
+    """Makes a shop for pages of some origins, with two products; alone or in another Bottle."""
+
+    def make(origins):
+        shop = make_shop(cors_origins=origins, admin_token="secret")
+        for _ in range(2):
+            shop.app.app.store.create_product(name="x", price=100, stock=9)
+        return mounted(shop) if request.param else shop
+
+    return make
 
 
 OTHER_ORIGINS = (
@@ -1870,13 +1692,12 @@ OTHER_ORIGINS = (
         ("", ORIGIN, None),
     ],
 )
-def test_only_pages_of_listed_origins_may_see_the_responses(make_shop, setting, origin, allowed):
-    shop = cors_shop(make_shop, setting)
+def test_only_pages_of_listed_origins_may_see_the_responses(cors_shop, setting, origin, allowed):
+    shop = cors_shop(setting)
     asked = {"Cookie": "session=1"} | ({} if origin is None else {"Origin": origin})
     vary_origin = {"Origin"} if setting and "*" not in setting else set()
     for method, path, body, headers, status in CORS_REQUESTS:
-        response = shop(method, path, body, asked | headers)
-        assert response.status_int == status
+        response = shop(method, path, body, asked | headers, status=status)
         assert "Set-Cookie" not in response.headers
         sent = cors_headers(response)
         assert sent.get("allow-origin") == allowed
@@ -1884,25 +1705,19 @@ def test_only_pages_of_listed_origins_may_see_the_responses(make_shop, setting, 
             assert sent.keys() == {"allow-origin", "expose-headers"}
             assert names_in(sent["expose-headers"]) == EXPOSED_HEADERS
         else:
-            preflight = shop(
-                "OPTIONS", path, None, asked | {"Access-Control-Request-Method": "GET"}
-            )
-            assert sent == cors_headers(preflight) == {}
+            preflight = {"Access-Control-Request-Method": "GET"}
+            assert sent == cors_headers(shop("OPTIONS", path, None, asked | preflight)) == {}
         [vary] = [value for name, value in response.headers.items() if name == "Vary"] or [""]
         assert names_in(vary) - {""} == ({"Accept"} if path == "/" else set()) | vary_origin
 
 
 @pytest.mark.parametrize("origins", CORS_SETTINGS)
-def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(make_shop, origins):
-    shop = cors_shop(make_shop, origins)
+def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(cors_shop, origins):
+    shop = cors_shop(origins)
     for path, methods in PATH_METHODS.items():
         for method in methods.split():
-            asked = {
-                "Origin": ORIGIN,
-                "Access-Control-Request-Method": method,
-            }
-            response = shop("OPTIONS", path, None, asked)
-            assert response.status_int == 204
+            asked = {"Origin": ORIGIN, "Access-Control-Request-Method": method}
+            response = shop("OPTIONS", path, None, asked, status=204)
             assert response.body == b""
             sent = cors_headers(response)
             assert sent["allow-origin"] == ("*" if "*" in origins else ORIGIN)
@@ -1929,35 +1744,25 @@ def test_a_page_sees_what_the_server_rejects_before_the_application(start_server
         assert "access-control-allow-origin" not in response.headers
 
 
-def test_a_page_may_see_a_500_and_a_503(make_shop, database):
-    shop = cors_shop(make_shop, ORIGIN)
+def test_a_page_may_see_a_500_and_a_503(cors_shop, make_shop, database):
+    shop = cors_shop(ORIGIN)
     copy = make_shop(read_only=True, cors_origins=ORIGIN)
-    refused = copy.order((1, 1), Origin=ORIGIN)
-    assert refused.status_int == 503
+    refused = copy.order((1, 1), Origin=ORIGIN, status=503)
     assert refused.headers["Retry-After"] == "1"
     assert "read-only copy" in refused.json["detail"]
-    assert cors_headers(refused)["allow-origin"] == ORIGIN
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
     failed = shop("GET", "/products/", None, {"Origin": ORIGIN})
     assert_reveals_nothing(failed)
-    assert cors_headers(failed)["allow-origin"] == ORIGIN
-
-
-def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
-    client = mounted(cors_shop(make_shop, ORIGIN))
-    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-    preflight = client("OPTIONS", "/a/b/orders/", None, asked)
-    assert preflight.status_int == 204
-    sent = cors_headers(preflight)
-    assert sent["allow-origin"] == ORIGIN
-    assert names_in(sent["allow-methods"]) == {"GET", "HEAD", "OPTIONS", "POST"}
-    assert names_in(sent["allow-headers"]) == PREFLIGHT_HEADERS
-    for path, status in ("/a/b/products/", 200), ("/a/b/orders/", 401), ("/a/b/nowhere/", 404):
-        response = client("GET", path, None, {"Origin": ORIGIN})
-        assert response.status_int == status
+    for response in refused, failed:
         assert cors_headers(response)["allow-origin"] == ORIGIN
-        assert response.headers["Vary"] == "Origin"
+
+
+UNCHANGED_ORIGINS = (
+    "http://shop.example:443 http://my_host-1 https://shop.example. http://192.0.2.1:8080 "
+    "https://xn--mller-kva.example capacitor://localhost ionic://localhost:80 "
+    "chrome-extension://abcdefghijklmnop"
+)
 
 
 @pytest.mark.parametrize(
@@ -1966,21 +1771,14 @@ def test_a_mounted_shop_lets_pages_call_it_as_well(make_shop):
         ("https://Shop.example:443", "https://shop.example"),
         ("HTTPS://SHOP.EXAMPLE:8443", "https://shop.example:8443"),
         ("http://shop.example:80", "http://shop.example"),
-        ("http://shop.example:443", "http://shop.example:443"),
         ("http://localhost:03000", "http://localhost:3000"),
-        ("http://my_host-1", "http://my_host-1"),
-        ("https://shop.example.", "https://shop.example."),
-        ("http://192.0.2.1:8080", "http://192.0.2.1:8080"),
         ("http://[2001:DB8:0:0:0::1]:80", "http://[2001:db8::1]"),
         ("https://müller.example", "https://xn--mller-kva.example"),
         ("https://MU\u0308LLER.example:443", "https://xn--mller-kva.example"),
-        ("https://xn--mller-kva.example", "https://xn--mller-kva.example"),
         ("https://XN--strae-oqa.example", "https://xn--strae-oqa.example"),
         ("https://日本語.example", "https://xn--wgv71a119e.example"),
         ("https://हिन्दी.example", "https://xn--j2bd4cyah0f.example"),
-        ("capacitor://localhost", "capacitor://localhost"),
-        ("ionic://localhost:80", "ionic://localhost:80"),
-        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+        *((origin, origin) for origin in UNCHANGED_ORIGINS.split()),
     ],
 )
 def test_origins_are_compared_as_browsers_send_them(make_shop, setting, origin):
@@ -2021,7 +1819,8 @@ CHROME = FIREFOX.replace("*/*", "image/avif,image/webp,image/apng,*/*")
 PREFER_HTML = (
     "text/html | TEXT/HTML | text/html;charset=utf-8 | text/* | text/html, */*;q=0.1 | "
     "text/html;q=0.9, application/json;q=0.8 | */*;q=0.5, text/html | "
-    "text/html ; q=1.000 , application/json ; q=0.001 | application/json;q=0, text/html;q=0.001"
+    "text/html ; q=1.000 , application/json ; q=0.001 | application/json;q=0, text/html;q=0.001 | "
+    f"{FIREFOX} | {CHROME}"
 )
 PREFER_JSON = (
     " | */* | application/json | application/* | application/*, text/html;q=0.9 | image/png | "
@@ -2032,136 +1831,89 @@ PREFER_JSON = (
 )
 
 
-def get_index(shop, accept):
+@pytest.mark.parametrize(
+    "accept, content_type",
+    [
+        *((accept, "text/html; charset=utf-8") for accept in PREFER_HTML.split(" | ")),
+        *((accept, "application/json") for accept in PREFER_JSON.split(" | ")),
+    ],
+)
+def test_the_index_is_a_page_for_those_that_prefer_html_only(shop, accept, content_type):
     headers = {"Accept": accept}
-    response = shop("GET", "/", None, headers)
-    assert response.status_int == 200
+    response = shop("GET", "/", None, headers, status=200)
+    assert response.headers["Content-Type"] == content_type
     assert response.headers["Vary"] == "Accept"
+    is_page = response.text.startswith("<!doctype html>")
+    assert is_page == ("html" in content_type) == ("Content-Security-Policy" in response.headers)
+    assert is_page or response.json == shop("GET", "/").json  # without an Accept
     assert shop("HEAD", "/", None, headers).headerlist == response.headerlist
     for path in "/products/", "/healthz", "/nowhere/":
         assert "json" in shop("GET", path, None, headers).content_type
-    return response
 
 
-@pytest.mark.parametrize("accept", [CHROME, FIREFOX, *PREFER_HTML.split(" | ")])
-def test_the_index_is_a_page_for_clients_that_prefer_html(shop, accept):
-    response = get_index(shop, accept)
-    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert response.text.startswith("<!doctype html>")
+def get_page(shop):
+    """The page as a browser reads it, by BeautifulSoup."""
+    return shop("GET", "/", None, {"Accept": CHROME}).html
 
 
-@pytest.mark.parametrize("accept", PREFER_JSON.split(" | "))
-def test_the_index_is_json_for_all_others(shop, accept):
-    response = get_index(shop, accept)
-    assert response.json["orders"] == "/orders/"
-    assert "Content-Security-Policy" not in response.headers
-    assert shop("GET", "/").json == response.json  # without an Accept
-
-
-class Page(HTMLParser):
-    """What a browser finds in the page: elements by tag, and the text of each."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements = []  # tag, attributes, a list of its pieces of text, id of its <details>
-        self.open = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        around = next((e[1].get("id") for e in self.open if e[0] == "details"), None)
-        element = (tag, attributes, [], attributes.get("id") if tag == "details" else around)
-        self.elements.append(element)
-        if tag not in ("meta", "link", "input", "br"):
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data):
-        for element in self.open:
-            element[2].append(data)
-
-    def find(self, tag, details):
-        return [e for e in self.elements if e[0] == tag and details in (None, e[3])]
-
-    def texts(self, tag, details=None):
-        return ["".join(text) for _, _, text, _ in self.find(tag, details)]
-
-    def attributes(self, tag, details=None):
-        return [attributes for _, attributes, *_ in self.find(tag, details)]
-
-    def curl(self, details):
-        """The command line that the page shows for an operation."""
-        [curl] = [text for text in self.texts("pre", details) if text.startswith("curl")]
-        return curl
-
-
-def get_page(shop, path="/"):
-    return Page(shop("GET", path, None, {"Accept": CHROME}).text)
+def curl_of(page, name):
+    """The command line that the page shows for an operation."""
+    [curl] = [pre.text for pre in page.select(f"#{name} pre") if pre.text.startswith("curl")]
+    return curl
 
 
 def test_the_page_runs_nothing_but_its_own_two_blocks_and_loads_nothing_from_elsewhere(shop):
     response = shop("GET", "/", None, {"Accept": CHROME})
-    page = Page(response.text)
     header = response.headers["Content-Security-Policy"]
     policy = dict(directive.strip().split(" ", 1) for directive in header.split(";"))
     for tag in "style", "script":
-        [text] = page.texts(tag)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        [block] = response.html.find_all(tag)
+        digest = base64.b64encode(hashlib.sha256(block.string.encode()).digest()).decode()
         assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
-        assert "@import" not in text
-        assert "url(" not in text
+        assert not re.search(r"@import|url\(", block.string)
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"
     assert "unsafe" not in header
-    for tag, attributes, *_ in page.elements:
-        assert tag not in ("iframe", "img", "object", "embed", "base")
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            assert name not in ("style", "action", "formaction", "srcset")
-            if name in ("src", "href"):
-                assert re.match(r"data:,|/(?!/)|#", value), value
-    urls = re.findall(r"\b(?:https?:)?//[^\s<\"']+", "".join(page.texts("script")))
+    for element in response.html.find_all():
+        assert element.name not in ("iframe", "img", "object", "embed", "base")
+        for name, value in element.attrs.items():
+            assert not re.match("on|style|action|formaction|srcset", name), (element.name, name)
+            assert name not in ("src", "href") or re.match(r"data:,|/(?!/)|#", value), value
+    urls = re.findall(r"\b(?:https?:)?//[^\s<\"']+", response.html.script.string)
     assert [url for url in urls if "." in url] == []
 
 
 def test_the_page_is_made_for_a_phone_and_for_both_colour_schemes(shop):
     page = get_page(shop)
-    [viewport] = [meta for meta in page.attributes("meta") if meta.get("name") == "viewport"]
+    [viewport] = page.select("meta[name=viewport]")
     assert "width=device-width" in viewport["content"]
-    [style] = page.texts("style")
-    assert "color-scheme: light dark" in style
-    assert page.attributes("html")[0]["lang"] == "en"
+    assert "color-scheme: light dark" in page.style.string
+    assert page.html["lang"] == "en"
 
 
 def test_the_page_documents_each_operation_and_has_a_form_that_sends_it(shop):
     page = get_page(shop)
-    assert sorted(details["id"] for details in page.attributes("details")) == sorted(ACCESS)
-    assert "token" in [attributes.get("id") for attributes in page.attributes("input")]
+    assert sorted(details["id"] for details in page.select("details")) == sorted(ACCESS)
+    assert page.select("input#token")
     for method, path, operation in operations_of_openapi(shop("GET", "/openapi.json").json):
         name = operation["operationId"]
-        [text] = page.texts("details", name)
-        [form] = page.attributes("form", name)
-        assert (form["data-method"], form["data-path"]) == (method, path)
-        inputs = {(field["data-in"], field["name"]) for field in page.attributes("input", name)}
+        part = page.find(id=name)
+        assert (part.form["data-method"], part.form["data-path"]) == (method, path)
+        inputs = {(field["data-in"], field["name"]) for field in part.select("input")}
         inputs.discard(("header", "Content-Type"))
         assert inputs == {(item["in"], item["name"]) for item in operation["parameters"]}
-        assert path in text
-        assert operation["summary"] in text
-        for status in operation["responses"]:
-            assert re.search(rf"\b{status}\b", text), (name, status)
-        assert ("requestBody" in operation) == bool(page.attributes("textarea", name))
-        if "requestBody" in operation:
+        assert path in part.text
+        assert operation["summary"] in part.text
+        words = [*operation["responses"]]
+        assert ("requestBody" in operation) == bool(part.textarea)
+        if part.textarea:
             content = operation["requestBody"]["content"]["application/json"]
             schema = resolve(content["schema"])
-            [body] = page.texts("textarea", name)
-            assert json.loads(body) == schema["examples"][0]
-            for field in schema["properties"]:
-                assert re.search(rf"\b{field}\b", text), (name, field)
+            assert json.loads(part.textarea.text) == schema["examples"][0]
+            words += schema["properties"]
+        for word in words:
+            assert re.search(rf"\b{word}\b", part.text), (name, word)
 
 
 def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
@@ -2169,7 +1921,7 @@ def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
         shop = make_shop(f"sqlite:///{tmp_path}/{name}.sqlite3")
         shop.product(stock=99)
         shop.order((1, 1))
-        method, path, headers, body = parse_curl(get_page(shop).curl(name))
+        method, path, headers, body = parse_curl(curl_of(get_page(shop), name))
         assert (method, path) == ACCESS[name][1:3]
         response = shop(method, path, (body or "").encode(), headers)
         assert response.status_int in (200, 201, 204), name
@@ -2183,20 +1935,20 @@ def test_the_page_shows_where_the_shop_needs_a_token(make_shop):
     ]:
         page = get_page(make_shop(**settings))
         for name, (access, *_) in ACCESS.items():
-            assert ("Authorization: Bearer $TOKEN" in page.curl(name)) == (access in secured)
-            assert ("(token)" in page.texts("summary", name)[0]) == (access in secured)
-        assert "adm1n" not in "".join(page.texts("html"))
+            assert ("Authorization: Bearer $TOKEN" in curl_of(page, name)) == (access in secured)
+            assert ("(token)" in page.find(id=name).summary.text) == (access in secured)
+        assert "adm1n" not in page.text
 
 
 def test_the_page_of_a_mounted_shop_stays_under_its_mount_point(shop):
-    page = get_page(mounted(shop), "/a/b/")
-    hrefs = [attributes["href"] for attributes in page.attributes("a")]
+    page = get_page(mounted(shop))
+    hrefs = [link["href"] for link in page.select("a")]
     assert "/a/b/openapi.json" in hrefs
     assert all(href.startswith("/a/b/") for href in hrefs)
-    paths = {form["data-path"] for form in page.attributes("form")}
+    paths = {form["data-path"] for form in page.select("form")}
     assert paths == {"/a/b" + path for path in openapi()["paths"]}
     for name in ACCESS:
-        assert "http://localhost:8000/a/b/" in page.curl(name)
+        assert "http://localhost:8000/a/b/" in curl_of(page, name)
 
 
 def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
@@ -2204,11 +1956,9 @@ def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
     monkeypatch.setitem(shop_module.MUG, "name", html)
     monkeypatch.setitem(shop_module.SCHEMAS["NewProduct"][1], "name", html)
     mount_point = {"SCRIPT_NAME": '/"><script>x</script>'}  # for which no page is cached
-    response = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point)
-    page = Page(response.text)
-    assert len(page.texts("script")) == 1
-    [body] = page.texts("textarea", "create_product")
-    assert json.loads(body)["name"] == html
+    page = shop.app.get("/", headers={"Accept": CHROME}, extra_environ=mount_point).html
+    assert len(page.select("script")) == 1
+    assert json.loads(page.find(id="create_product").textarea.text)["name"] == html
 
 
 # ------------------------------------------------------------------------------------------- races
@@ -2216,13 +1966,8 @@ def test_nothing_in_the_page_is_taken_for_html(shop, monkeypatch):
 
 def test_fifty_pieces_make_fifty_sales_to_sixty_four_threads(shop):
     mug = shop.product(stock=50)
-
-    def buy(_):
-        return Client(shop.app.app).order((mug["id"], 1)).status_int
-
-    statuses = at_once(64, buy)
-    assert statuses.count(201) == 50
-    assert statuses.count(409) == 14
+    statuses = at_once(64, lambda _: Client(shop.app.app).order((mug["id"], 1)).status_int)
+    assert sorted(statuses) == [201] * 50 + [409] * 14
     assert shop.stock(mug) == 0
 
 
@@ -2237,16 +1982,13 @@ def test_orders_of_the_same_products_in_opposite_order_never_block_each_other(sh
         return [client.order(*in_order).status_int for _ in range(8)]
 
     assert at_once(16, buy) == [[201] * 8] * 16
-    for number, _ in lines:
-        assert shop.stock({"id": number}) == 1000 - 128 * 3
+    stocks = [product["stock"] for product in shop("GET", "/products/").json["products"]]
+    assert stocks == [1000 - 128 * 3] * 4
 
 
 def test_forty_equal_requests_with_one_key_make_one_order_and_forty_equal_responses(shop, mug):
-    def buy(_):
-        return Client(shop.app.app).order((1, 1), **{"Idempotency-Key": "k"})
-
-    responses = at_once(40, buy)
-    assert {response.status_int for response in responses} == {201}
+    key = {"Idempotency-Key": "k"}
+    responses = at_once(40, lambda _: Client(shop.app.app).order((1, 1), **key, status=201))
     assert len({response.body for response in responses}) == 1
     assert sum("Idempotent-Replayed" not in response.headers for response in responses) == 1
     assert shop.stock(mug) == 4
@@ -2274,15 +2016,9 @@ def test_many_cancels_of_one_order_put_the_stock_back_once(shop, mug, database):
 
 
 def test_changes_guarded_by_one_etag_have_one_winner(shop, mug):
-    if_match = {"If-Match": shop("GET", "/products/1/").headers["ETag"]}
-
-    def change(n):
-        client = Client(shop.app.app)
-        return client("PATCH", "/products/1/", {"price": n + 20}, if_match).status_int
-
-    statuses = at_once(16, change)
-    assert statuses.count(200) == 1
-    assert statuses.count(412) == 15
+    request = "PATCH", "/products/1/", {"price": 20}, {"If-Match": etag_of(shop, "/products/1/")}
+    statuses = at_once(16, lambda _: Client(shop.app.app)(*request).status_int)
+    assert sorted(statuses) == [200] + [412] * 15
 
 
 # -------------------------------------------------------------------------------- the real process
