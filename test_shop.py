@@ -648,7 +648,7 @@ def test_a_read_is_answered_304_as_long_as_nothing_has_changed(shop, mug):
 # Name, price, stock: equal names as a search compares them, equal prices, and letters that differ
 # in UTF-16 and UTF-8.
 UNSORTED = (
-    "b 3 1, A 2 0, a 2 5, B 1 0, SS 3 2, ß 2 0, Zoe 0 1, zoË 0 9, \ue000 1000000000 1, 😀 1 1"
+    "ZZ 9 1, A 2 0, a 2 5, B 1 0, SS 3 2, ß 2 0, Zoe 0 1, zoË 0 9, \ue000 1000000000 1, 😀 1 1"
 )
 SORT_KEYS = {
     "id": lambda product: product["id"],
@@ -659,11 +659,10 @@ PRODUCT_SORTS = ["id", "-id", "name", "-name", "price", "-price"]
 
 
 def fill_unsorted(shop):
-    """The products of UNSORTED, one of which had another name and price before."""
+    """The products of UNSORTED, the first of which is changed afterwards."""
     rows = [row.split() for row in UNSORTED.split(", ")]
-    fields = [{"name": name, "price": int(price), "stock": int(n)} for name, price, n in rows]
-    first, *rest = [shop.product(**item) for item in [{"name": "ZZ", "price": 0.5}, *fields[1:]]]
-    return [shop("PATCH", f"/products/{first['id']}/", fields[0]).json, *rest]
+    products = [shop.product(name=name, price=int(price), stock=int(n)) for name, price, n in rows]
+    return [shop("PATCH", "/products/1/", {"name": "b", "price": 3}).json, *products[1:]]
 
 
 def in_order(products, sort):
@@ -823,9 +822,10 @@ ACCESS = {
     "list_movements": ("admin", "GET", "/products/1/stock/", None),
     "delete_product": ("admin", "DELETE", "/products/1/", None),
 }
-METHODS = {path: {"OPTIONS"} for _, _, path, _ in ACCESS.values()}
-for _, method, path, _ in ACCESS.values():
-    METHODS[path] |= {"GET", "HEAD"} if method == "GET" else {method}
+METHODS = {
+    path: {"HEAD", "OPTIONS", *(method for _, method, other, _ in ACCESS.values() if other == path)}
+    for _, _, path, _ in ACCESS.values()
+}
 
 
 @pytest.mark.parametrize("path, methods", METHODS.items())
@@ -839,11 +839,7 @@ def test_options_lists_the_methods_of_a_path_and_the_others_are_a_405(shop, mug,
 
 def test_head_answers_with_the_headers_of_get(shop, mug):
     shop.order((1, 1))
-    paths = (
-        "/ /healthz /openapi.json /products/ /products/?limit=1 /products/1/ /orders/ /orders/1/ "
-        "/products/9/ /nowhere/"
-    )
-    for path in paths.split():
+    for path in *METHODS, "/products/?limit=1", "/products/9/", "/nowhere/":
         get = shop("GET", path)
         head = shop("HEAD", path)
         assert (head.status, head.headerlist, head.body) == (get.status, get.headerlist, b"")
@@ -1088,9 +1084,10 @@ def test_the_greatest_order_there_can_be_has_an_exact_total(shop):
 def test_orders_are_paged_filtered_sorted_and_polled(shop):
     shop.product(stock=1000)
     assert shop("GET", "/orders/").json == {"orders": [], "next": None}
-    for _ in range(105):
-        shop.order((1, 1))
-    for number in 2, 3, 5:
+    references = ["cart-1", "", "cart-2", "cart-1", "CART-1", "cart-1", "cart-10", *["x"] * 98]
+    for reference in references:
+        shop("POST", "/orders/", referring(reference, (1, 1)))
+    for number in 2, 3, 4:
         shop("PATCH", f"/orders/{number}/", {"status": "completed"})
     for query, ids, next_after in [
         ("", [*range(1, 101)], 100),
@@ -1105,16 +1102,26 @@ def test_orders_are_paged_filtered_sorted_and_polled(shop):
         ("sort=-id&after=999&limit=105", [*range(105, 0, -1)], None),
         ("sort=-id&after=3", [2, 1], None),
         ("status=completed&limit=2", [2, 3], 3),
-        ("status=completed&limit=2&after=3", [5], None),
-        ("status=completed&sort=-id&limit=2", [5, 3], 3),
+        ("status=completed&limit=2&after=3", [4], None),
+        ("status=completed&sort=-id&limit=2", [4, 3], 3),
         ("status=completed&sort=-id&limit=2&after=3", [2], None),
         ("status=cancelled", [], None),
+        ("reference=cart-1", [1, 4, 6], None),
+        ("reference=cart-2", [3], None),
+        ("reference=", [2], None),
+        ("reference=cart", [], None),
+        ("reference=%25", [], None),
+        ("reference=cart-1&sort=-id", [6, 4, 1], None),
+        ("reference=cart-1&sort=-id&after=6", [4, 1], None),
+        ("reference=cart-1&status=pending", [1, 6], None),
+        ("reference=&status=pending", [], None),
+        ("reference=cart-1&limit=2", [1, 4], 4),
+        ("reference=cart-1&limit=2&after=4", [6], None),
     ]:
-        page = shop("GET", "/orders/?" + query)
-        assert [order["id"] for order in page.json["orders"]] == ids
+        page = shop("GET", "/orders/?" + query).json
+        assert [order["id"] for order in page["orders"]] == ids
         next_path = f"/orders/?{query}&after={next_after}".replace("?&", "?")
-        assert page.json["next"] == (next_path if next_after else None)
-        assert page.headers.get("Link") == (f'<{next_path}>; rel="next"' if next_after else None)
+        assert page["next"] == (next_path if next_after else None)
     for limit, (sort, step) in itertools.product((4, 35), [("id", 1), ("-id", -1)]):
         walked = walk_pages(shop, f"/orders/?sort={sort}&limit={limit}", "orders")
         assert [order["id"] for order in walked] == [*range(1, 106)][::step]
@@ -1155,27 +1162,6 @@ def test_a_reference_is_text_of_the_caller_that_stays_with_the_order(shop, mug, 
     assert cancelled.json == {**created.json, "status": "cancelled"}
     assert shop("GET", "/orders/1/").json == cancelled.json
     assert shop.ids("/orders/?" + urllib.parse.urlencode({"reference": reference})) == [1]
-
-
-def test_orders_are_found_by_their_reference(shop):
-    shop.product(stock=100)
-    for reference in "cart-1", "", "cart-2", "cart-1", "CART-1", "cart-1", "cart-10":
-        shop("POST", "/orders/", referring(reference, (1, 1)))
-    shop("PATCH", "/orders/4/", {"status": "completed"})
-    for query, ids in [
-        ("?reference=cart-1", [1, 4, 6]),
-        ("?reference=cart-2", [3]),
-        ("?reference=", [2]),
-        ("?reference=cart", []),
-        ("?reference=%25", []),
-        ("?reference=cart-1&sort=-id", [6, 4, 1]),
-        ("?reference=cart-1&sort=-id&after=6", [4, 1]),
-        ("?reference=cart-1&status=pending", [1, 6]),
-        ("?reference=&status=completed", []),
-        ("?reference=cart-1&after=1&limit=1", [4]),
-        ("", [1, 2, 3, 4, 5, 6, 7]),
-    ]:
-        assert shop.ids("/orders/" + query) == ids
 
 
 # --- skus and metadata
@@ -1482,61 +1468,46 @@ def test_a_key_is_1_to_255_visible_ascii_characters_bare_or_quoted(shop, keys, s
 
 # ------------------------------------------------------------------------------------------ access
 
+ADMIN = {"admin_token": "adm1n~"}
+BOTH = ADMIN | {"order_token": "0rder"}
 WRONG_CREDENTIALS = [
-    *({}, bearer(""), bearer("other"), bearer("s3cret~tokenx"), bearer("é")),
-    *({"Authorization": "s3cret~token"}, {"Authorization": "Basic s3cret~token"}),
+    *({}, bearer(""), bearer("other"), bearer("adm1n~x"), bearer("é")),
+    *({"Authorization": "adm1n~"}, {"Authorization": "Basic adm1n~"}),
 ]
 
 
-def test_wrong_credentials_are_a_401_before_anything_else_is_looked_at(make_shop):
-    shop = make_shop(admin_token="s3cret~token", order_token="0rder")
-    shop.app.app.store.create_product(name="x", price=100, stock=9)
-    for method, path, body, key in [
-        ("PATCH", "/products/1/", {"price": 2}, {}),
-        ("GET", "/orders/99/", None, {}),
-        ("POST", "/products/", b"{", {}),
-        ("POST", "/orders/", order_of((1, 1)), {"Idempotency-Key": "k"}),
-    ]:
-        for credentials in WRONG_CREDENTIALS:
-            refused = shop(method, path, body, credentials | key, status=401)
-            assert refused.headers["WWW-Authenticate"] == "Bearer"
-            assert "s3cret" not in refused.text
-        allowed = shop(method, path, body, {"Authorization": "bearer s3cret~token"} | key)
-        assert allowed.status_int != 401
-        assert "Idempotent-Replayed" not in allowed.headers
-    assert shop.stock({"id": 1}) == 8  # one order, and none by a request without its token
-
-
 @pytest.mark.parametrize(
-    "settings, token, open_to_it",
+    "settings, headers, open_to_it",
     [
-        ({}, None, "nobody order admin"),
-        ({}, "other", "nobody order admin"),
-        ({"admin_token": "adm1n"}, None, "nobody order"),
-        ({"admin_token": "adm1n"}, "other", "nobody order"),
-        ({"admin_token": "adm1n"}, "adm1n", "nobody order admin"),
-        ({"admin_token": "adm1n", "order_token": "0rder"}, None, "nobody"),
-        ({"admin_token": "adm1n", "order_token": "0rder"}, "other", "nobody"),
-        ({"admin_token": "adm1n", "order_token": "0rder"}, "0rder", "nobody order"),
-        ({"admin_token": "adm1n", "order_token": "0rder"}, "adm1n", "nobody order admin"),
-        ({"admin_token": "same", "order_token": "same"}, "same", "nobody order admin"),
+        *(({}, headers, "nobody order admin") for headers in ({}, bearer("other"))),
+        *((ADMIN, headers, "nobody order") for headers in ({}, bearer("other"))),
+        (ADMIN, bearer("adm1n~"), "nobody order admin"),
+        *((BOTH, headers, "nobody") for headers in WRONG_CREDENTIALS),
+        (BOTH, bearer("0rder"), "nobody order"),
+        (BOTH, {"Authorization": "bearer adm1n~"}, "nobody order admin"),
+        ({"admin_token": "same", "order_token": "same"}, bearer("same"), "nobody order admin"),
     ],
 )
-def test_each_route_is_open_to_the_tokens_its_access_names(make_shop, settings, token, open_to_it):
+def test_each_route_is_open_to_the_tokens_its_access_names(
+    make_shop, settings, headers, open_to_it
+):
     assert set(ACCESS) == {route.callback.__name__ for route in shop_module.api.routes}
     shop = make_shop(**settings)
     store = shop.app.app.store
     store.create_product(name="x", price=100, stock=9)
     store.create_order([{"product_id": 1, "quantity": 1}])
     for name, (access, method, path, body) in ACCESS.items():
-        response = shop(method, path, body, bearer(token) if token else {})
         if access in open_to_it.split():
-            assert response.status_int in (200, 201, 204), name
-        else:
-            assert response.status_int == 401, name
-            assert response.headers["WWW-Authenticate"] == "Bearer"
-            assert "0rder" not in response.text
-            assert "adm1n" not in response.text
+            assert shop(method, path, body, headers).status_int in (200, 201, 204), name
+            continue
+        before = store.list_products(), store.list_orders()
+        # Nothing else is looked at before the token.
+        for request in (path, body), (path.replace("1", "99") + "?x=1", b"{"):
+            refused = shop(method, *request, headers | {"Idempotency-Key": "k"}, status=401)
+            assert refused.headers["WWW-Authenticate"] == "Bearer"
+            assert "0rder" not in refused.text
+            assert "adm1n" not in refused.text
+        assert (store.list_products(), store.list_orders()) == before
 
 
 # ---------------------------------------------------------------------------------------- browsers
@@ -1849,8 +1820,8 @@ def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
 def test_the_page_shows_where_the_shop_needs_a_token(make_shop):
     for settings, secured in [
         ({}, set()),
-        ({"admin_token": "adm1n"}, {"admin"}),
-        ({"admin_token": "adm1n", "order_token": "0rder"}, {"admin", "order"}),
+        (ADMIN, {"admin"}),
+        (BOTH, {"admin", "order"}),
     ]:
         page = get_page(make_shop(**settings))
         for name, (access, *_) in ACCESS.items():
