@@ -2414,25 +2414,16 @@ def fill(database, products, size=10_000):
         connection.execute("INSERT INTO product_search SELECT id, name, description FROM product")
 
 
-def test_what_is_under_way_at_a_signal_is_answered_in_full(server, database):
+def test_a_slow_reader_gets_large_responses_in_full_while_signals_stop_the_server(server, database):
     fill(database, 1800)  # waitress would wait for a second thread above 16 MiB
-    with (
-        server.connect(SO_RCVBUF=1 << 16) as reader,
-        server.connect() as upload,
-        server.connect() as idle,
-    ):
+    with server.connect(SO_RCVBUF=1 << 16) as reader, server.connect() as idle:
         reader.sendall(GET_PRODUCTS * 2)
-        upload.sendall(POST[:-9])
         idle.sendall(b"GET /healthz HTTP/1.1\r\n")
         reader.recv(1, socket.MSG_PEEK)
         assert server.order().status == 201  # the others go on
         reader.sendall(GET_HEALTH)  # what is not read must not make the end a reset
         for number in signal.SIGTERM, signal.SIGHUP, signal.SIGTERM:  # systemd may send two
             server.process.send_signal(number)
-        with pytest.raises(OSError):
-            wait_for(lambda: server.connect().close())
-        upload.sendall(POST[-9:])
-        assert read_to_end(upload).startswith(b"HTTP/1.1 201 ")
         data = read_to_end(reader)
         assert data.count(b"HTTP/1.1 200 OK") >= 2
         assert data.count(b'"next":null}') == 2
@@ -2448,6 +2439,18 @@ def test_responses_that_a_client_does_not_read_are_not_piled_up(server, database
         for _ in range(60):
             assert server("GET", "/healthz").status == 200
         assert resident_memory(server) - memory < 180 << 20  # all would take 360 MB
+
+
+def test_an_upload_under_way_at_a_signal_is_answered(server):
+    with server.connect() as connection:
+        connection.sendall(POST[:-9])
+        assert server("GET", "/healthz").status == 200
+        server.process.terminate()
+        with pytest.raises(OSError):
+            wait_for(lambda: server.connect().close())
+        connection.sendall(POST[-9:])
+        assert read_to_end(connection).startswith(b"HTTP/1.1 201 ")
+    assert server.process.wait(5) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -2637,7 +2640,7 @@ def test_the_access_log_has_one_line_a_request_that_says_how_long_it_took(start_
     ]
     expected = [*first, "GET /a%0Ab%E9 404", "- - 400", "- - 400"]
     assert [request for request, *_ in found] == expected
-    assert [size for _, size, _ in found[:3]] == ["28", "15", "82"]
+    assert [size for _, size, _ in found[:3]] == ["28", "16", "82"]
     assert float(found[0][2]) > max(250, float(found[1][2]))
 
 
@@ -3978,21 +3981,15 @@ def test_a_search_finds_each_word_in_any_order_ignoring_case_and_accents(shop):
     assert list(errors_of(shop("GET", "/products/?q=blue%00"))) == ["q"]
 
 
-@pytest.mark.parametrize(
-    "text, folded",
-    [
-        ("Äpfel", "apfel"),
-        ("ŁØĐÆŒÞĦIıÐẞŦŊ", "lodaeoethhiidsstn"),
-        ("łøđæœþħİíðßŧŋ", "lodaeoethhiidsstn"),
-        ("Ǿ ǽ ḷ Ư", "o ae l u"),
-        ("’‘‛ʼʻ`´′＇｀ꞌ", "'" * 11),
-        ("‐‑‒–—―−﹣－﹘⁻", "-" * 11),
-        ("O`NEILL", "o'neill"),
-        ("Ⅻ ﬁ Å ²", "xii fi a 2"),
-        ("ΣΊΣΥΦΟΣ Йод", "σισυφοσ иод"),
-        ("\u0301", ""),
-    ],
-)
+FOLDED = {
+    **{"Äpfel": "apfel", "Ǿ ǽ ḷ Ư": "o ae l u", "O`NEILL": "o'neill", "\u0301": ""},
+    **{"ŁØĐÆŒÞĦIıÐẞŦŊ": "lodaeoethhiidsstn", "łøđæœþħİíðßŧŋ": "lodaeoethhiidsstn"},
+    **{"’‘‛ʼʻ`´′＇｀ꞌ": "'" * 11, "‐‑‒–—―−﹣－﹘⁻": "-" * 11},
+    **{"Ⅻ ﬁ Å ²": "xii fi a 2", "ΣΊΣΥΦΟΣ Йод": "σισυφοσ иод"},
+}
+
+
+@pytest.mark.parametrize("text, folded", FOLDED.items())
 def test_texts_are_compared_without_case_accents_strokes_ligatures_and_kinds_of_marks(text, folded):
     assert db.fold(text) == folded
 
@@ -4008,8 +4005,7 @@ def test_a_folded_text_is_the_same_folded_again_and_in_capitals():
 def test_a_search_finds_a_product_as_it_is_now(shop, mug):
     assert find_ids(shop, "mug") == [1]
     shop("PATCH", "/products/1/", {"name": "Tasse à café"})
-    assert find_ids(shop, "mug") == []
-    assert find_ids(shop, "cafe tasse") == [1]
+    assert (find_ids(shop, "mug"), find_ids(shop, "cafe tasse")) == ([], [1])
     shop("PATCH", "/products/1/", {"description": "Émail"})
     assert find_ids(shop, "email tasse") == [1]
     shop("POST", "/products/1/stock/", {"change": 1})
