@@ -1949,12 +1949,16 @@ class Server:
             timeout=30,
         )
 
-    def fail(self, *arguments):
-        """Run it to its end, which must be one line on stderr; returns the status and this line."""
+    def fail(self, *arguments, status=None):
+        """Run it to its end, which must be an error in one line on stderr, and return this line.
+
+        The status must be 1, or 2 if it does not even start to serve.
+        """
         result = self.run(*arguments)
+        assert result.returncode == (status or (1 if arguments else 2)), result
         assert result.stdout == ""
         assert re.fullmatch(r"shop: [^\n]+\n", result.stderr), result
-        return result.returncode, result.stderr
+        return result.stderr
 
     def start(self, program=None, *, reads_log=True):
         """Start it, or a program that does so in its own way, and wait until it listens."""
@@ -2109,11 +2113,9 @@ def test_a_catalogue_is_filled_sold_by_thirty_buyers_killed_and_nothing_is_lost(
             assert again.headers["Idempotent-Replayed"] == "true"
     assert server.end()[0] == 0
     with connect(database) as connection:
-        sql = "SELECT count(DISTINCT order_id), sum(quantity) FROM order_line"
-        orders, sold = connection.execute(sql).fetchone()
-        [left] = connection.execute("SELECT sum(stock) FROM product").fetchone()
-    assert orders == len(sent)
-    assert left == 1_000_000 - sold
+        left = "(SELECT sum(stock) FROM product)"
+        sql = f"SELECT count(DISTINCT order_id), sum(quantity) + {left} FROM order_line"
+        assert connection.execute(sql).fetchone() == (len(sent), 1_000_000)
     assert server.run("check").stdout == "db.sqlite3: sound\n"
 
 
@@ -2598,7 +2600,6 @@ def test_a_full_disk_is_a_503_that_changes_nothing_and_passes(server, database):
     set_file_size(server, -1)
     assert server.order().status == 201
     assert server.product().json["id"] == created + 1
-    assert server.end()[0] == 0
     assert db.check_integrity(database) == []
 
 
@@ -2728,12 +2729,10 @@ def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, se
             connection.execute(statement)
             connection.execute("PRAGMA journal_mode = WAL")
     files = contents(tmp_path)
-    status, line = Server(tmp_path, **settings).fail()
-    assert status == 2
-    assert line.endswith(".\n")
+    line = Server(tmp_path, **settings).fail()
+    assert re.fullmatch(r"shop: .{,290}\.\n", line)
     assert re.search(words, line)
     assert "s3cret" not in line
-    assert len(line) < 300
     if any(DIGITS in value for value in settings.values()):
         assert 30 < line.count("7") <= 100
     # Only whether it can listen on HOST shows after the database is open.
@@ -2754,16 +2753,14 @@ URLS_WITHOUT_A_SCHEME = "admin:s3cret@db.example/s3cret s3cret/:// /var/s3cret s
 @pytest.mark.parametrize(
     "url, end",
     [
-        *((url, f", not '{url.partition(':')[0]}'.\n") for url in URLS_WITH_A_SCHEME.split()),
-        *((url, "an absolute path.\n") for url in URLS_WITHOUT_A_SCHEME.split()),
+        *((url, f", not '{url.partition(':')[0]}'.") for url in URLS_WITH_A_SCHEME.split()),
+        *((url, "an absolute path.") for url in URLS_WITHOUT_A_SCHEME.split()),
     ],
 )
 def test_of_another_databases_url_only_the_scheme_is_shown(tmp_path, url, end):
     for command in [], ["check"], ["export"]:
-        status, line = Server(tmp_path, DATABASE_URL=url).fail(*command)
-        assert status == (1 if command else 2)
-        assert line.startswith("shop: DATABASE_URL ")
-        assert line.endswith(end)
+        line = Server(tmp_path, DATABASE_URL=url).fail(*command)
+        assert re.fullmatch(f"shop: DATABASE_URL .+{re.escape(end)}\n", line)
         assert not re.search("s3cret|admin", line)
 
 
@@ -2795,15 +2792,12 @@ def test_what_is_no_file_is_no_database_and_nothing_is_left_beside_it(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for name in "pipe", "loop":
         for command in [], ["export"], ["check"]:
-            status, line = Server(tmp_path, DATABASE_URL=f"sqlite:///{name}").fail(*command)
-            assert status == (1 if command else 2)
-            assert name in line
+            assert name in Server(tmp_path, DATABASE_URL=f"sqlite:///{name}").fail(*command)
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "loop"}
 
 
 def test_a_port_in_use_ends_the_start_with_one_line(server, tmp_path):
-    status, line = Server(tmp_path, PORT=str(server.port)).fail()
-    assert status == 2
+    line = Server(tmp_path, PORT=str(server.port)).fail()
     assert re.fullmatch(r"shop: cannot listen .+ in use\.\n", line)
 
 
@@ -2899,10 +2893,8 @@ def test_a_line_of_env_that_others_read_differently_is_named_by_its_number_alone
         (tmp_path / ".env").write_bytes(text.encode())
         with pytest.raises(shop_module.ConfigError) as raised:
             shop_module.read_environment()
-        assert re.match(r"Line 4 of \.env\b", str(raised.value))
+        assert re.fullmatch(r"Line 4 of \.env .{,180}", str(raised.value))
         assert "s3cret" not in str(raised.value)
-        assert len(str(raised.value)) < 200
-        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -2920,8 +2912,7 @@ def test_a_file_env_that_cannot_be_used_ends_every_command_with_one_line(tmp_pat
     else:
         (tmp_path / ".env").write_bytes(content)
     for command in "", "check", "backup copy", "import -", "export", "expire":
-        status, line = Server(tmp_path).fail(*command.split())
-        assert status == (1 if command else 2)
+        line = Server(tmp_path).fail(*command.split())
         assert line.startswith(f"shop: {words} .env ")
 
 
@@ -2989,14 +2980,13 @@ def test_every_commit_is_flushed_and_one_connection_checkpoints(make_shop, lites
     assert pragmas(store._local.reader, "query_only", "busy_timeout") == [1, 1000]
 
 
-def test_all_writes_of_a_batch_share_one_commit(tmp_path, database):
-    server = Server(tmp_path, DEBUG="true").start()
+def test_all_writes_of_a_batch_share_one_commit(start_server, database):
+    server = start_server(DEBUG="true")
     server.product(stock=9)
     commits = server.stderr().count("COMMIT")
     responses = serve_as_batch(server, database, [2] * 6)
     assert [response.status for response in responses] == [201] * 4 + [409] * 2
     assert server.stderr().count("COMMIT") == commits + 1
-    assert server.end()[0] == 0
 
 
 # -------------------------------------------------------------------------------- backup and check
@@ -3037,8 +3027,7 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "used-wal").write_text("")
     for target, *options in map(str.split, BAD_TARGETS):
-        status, line = server.fail("backup", target, *options)
-        assert status == 1
+        line = server.fail("backup", target, *options)
         # The option that helps is named, and only where it does.
         assert (f"{target}" in line and "--overwrite" in line) == (target == "mine"), line
         with pytest.raises(db.DatabaseError):
@@ -3053,9 +3042,7 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
 def test_check_names_a_file_that_is_missing_or_no_database(shop, mug, tmp_path):
     (tmp_path / "text").write_text("no database " * 100)
     for name in "text", "none":
-        status, line = Server(tmp_path).fail("check", name)
-        assert status == 1
-        assert re.search(rf"\b{name}\b", line)
+        assert re.search(rf"\b{name}\b", Server(tmp_path).fail("check", name))
 
 
 DAMAGE = {
@@ -3159,9 +3146,8 @@ WRONG_COMMAND_LINES = [
 
 @pytest.mark.parametrize("arguments, words", WRONG_COMMAND_LINES)
 def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(tmp_path, arguments, words):
-    status, line = Server(tmp_path).fail(*arguments)
-    assert status == 2
-    assert len(line) <= 200 + len("shop: \n")
+    line = Server(tmp_path).fail(*arguments, status=2)
+    assert re.fullmatch(r"shop: .{1,200}\n", line)
     assert words in line
     assert "--help" in line
     assert list(tmp_path.iterdir()) == []
@@ -3169,8 +3155,7 @@ def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(tmp_path, arg
 
 def test_the_version_is_one_line(tmp_path):
     result = Server(tmp_path, PORT="nonsense").run("--version")
-    assert result.returncode == 0
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (0, "")
     version = re.escape(shop_module.VERSION)
     assert re.fullmatch(rf"shop {version}, Python [\d.]+\S*, SQLite [\d.]+\n", result.stdout)
     assert openapi()["info"]["version"] == shop_module.VERSION
@@ -3191,9 +3176,8 @@ def test_a_read_only_server_shows_every_change_and_rejects_writes(server, start_
     for _, method, path, body in ACCESS.values():
         if method != "GET":
             refused = copy(method, path, body, **{"Idempotency-Key": "k"})
-            assert refused.status == 503
-            assert refused.headers["Retry-After"]
-            assert "read-only copy" in refused.json["detail"]
+            detail = "This is a read-only copy of the shop: send writes to the shop itself."
+            assert_unavailable(refused, detail)
     assert server("GET", "/products/1/").json["stock"] == 6
 
 
@@ -3734,10 +3718,8 @@ SCHEMA_1 = """
         PRIMARY KEY (order_id, product_id)
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE idempotency_key (
-        id INTEGER PRIMARY KEY,
-        key TEXT NOT NULL UNIQUE CHECK (length(key) BETWEEN 1 AND 255),
-        fingerprint TEXT NOT NULL,
-        answer TEXT NOT NULL CHECK (json_valid(answer)),
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE CHECK (length(key) BETWEEN 1 AND 255),
+        fingerprint TEXT NOT NULL, answer TEXT NOT NULL CHECK (json_valid(answer)),
         created_at TEXT NOT NULL CHECK (created_at GLOB '????-??-??T??:??:??Z')
     ) STRICT;
 
@@ -3940,9 +3922,7 @@ def test_what_only_reads_rejects_an_older_file_and_leaves_it_alone(make_shop, tm
     assert contents(tmp_path) == before
     for command in "", "check", "check db.sqlite3", "backup copy":
         server = Server(tmp_path, READ_ONLY="false" if command else "true")
-        status, line = server.fail(*command.split())
-        assert status == (1 if command else 2)
-        assert "start the shop on it once" in line
+        assert "start the shop on it once" in server.fail(*command.split())
         assert contents(tmp_path) == before
 
 
