@@ -4813,28 +4813,6 @@ def test_the_lines_of_orders_are_exported_in_their_order_at_one_moment(store):
     assert {row["reference"] for row in rows} == {"cart-1", "cart-2", "cart-3"}
 
 
-def test_an_import_counts_what_really_changes_and_writes_nothing_else(store, tmp_path):
-    a = store.create_product(name="a", price=1, stock=2, sku="A", metadata={"x": "1", "y": "2"})
-    b = store.create_product(name="b", price=1)
-    rows = [
-        {"id": 1, "name": "a", "metadata": {"x": "1", "z": None}},
-        {"id": 1},
-        {"id": None, "sku": "B", "name": "new", "price": 5, "metadata": {"x": "1", "y": None}},
-        {"name": "newer", "price": 6, "stock": 3},
-    ]
-    assert store.import_products(rows) == (2, 0, 2)
-    assert store.import_products(rows[:2]) == (0, 0, 2)
-    assert store.list_products()[0][:2] == [a, b]
-    assert store.get_product(3)["metadata"] == {"x": "1"}
-    changes = [{"id": 1, "price": 7, "metadata": {"x": None}}]
-    assert store.import_products(iter(changes)) == (0, 1, 0)
-    assert store.get_product(1) == a | {"price": 7, "metadata": {"y": "2"}}
-    assert store.import_products([]) == (0, 0, 0)
-    assert [product["id"] for product in store.list_products(q="new", sort="name")[0]] == [3, 4]
-    assert store.list_movements(4)[0][0]["note"] == "import"
-    assert db.check_integrity(tmp_path / "store") == []
-
-
 def test_the_rows_of_an_import_take_effect_in_their_order_or_not_at_all(store):
     store.create_product(name="a", price=1, stock=2, sku="A")
     store.create_product(name="b", price=1)
@@ -5921,13 +5899,13 @@ def assert_refused(shop, import_csv):
 def start_command(server, *arguments, **options):
     """Start a command in the folder and with the settings of a server."""
     command = [sys.executable, HERE / "shop.py", *arguments]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(command, cwd=server.folder, env=server.environment(), **options)
 
 
 def run_with_input(server, data, *arguments):
     """Run a command to its end on some input: status, output with bare LF, and errors."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start_command(server, *arguments, **pipes)
+    process = start_command(server, *arguments, stdin=subprocess.PIPE)
     output, errors = process.communicate(data, 30)
     return process.returncode, output.decode().replace("\r\n", "\n"), errors.decode()
 
@@ -6029,11 +6007,9 @@ def test_a_name_that_the_terminal_cannot_show_is_no_traceback(tmp_path):
     assert result.stdout == "y\\udcff.csv: 1 products added, 0 changed, 0 unchanged\n"
 
 
-def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, database):
-    write_rows(tmp_path / "in.csv", 3000)
-    assert Server(tmp_path).run("import", "in.csv").returncode == 0
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start_command(Server(tmp_path), "export", **pipes)
+def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, store):
+    store.import_products([{"name": "x", "price": 1, "description": "y" * 100}] * 3000)
+    process = start_command(Server(tmp_path, DATABASE_URL="sqlite:///store"), "export")
     assert process.stdout.read(2) == b"id"
     process.stdout.close()
     assert process.stderr.read() == b""
@@ -6044,16 +6020,14 @@ def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, databa
 def test_a_file_that_cannot_be_read_or_written_is_one_line_and_leaves_nothing(
     shop, tmp_path, command
 ):
-    for arguments in "import none.csv", "import .", "export none/out.csv", "export .":
-        name, file = arguments.split()
+    for name, file in itertools.product(["import", "export"], ["none/x.csv", "."]):
         status, output, errors = command(name, file)
         assert (status, output) == (1, "")
         assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
     assert not list(tmp_path.rglob("*.partial-*"))
     with open("/dev/full", "w") as full:
-        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
-        process = start_command(Server(tmp_path), "export", **pipes)
-    assert process.communicate()[1] == "shop: standard output: No space left on device.\n"
+        process = start_command(Server(tmp_path), "export", stdout=full)
+    assert process.communicate()[1] == b"shop: standard output: No space left on device.\n"
     assert process.returncode == 1
 
 
@@ -6389,11 +6363,8 @@ def test_two_rows_for_one_product_or_one_new_sku_are_refused(shop, import_csv, a
 
 def test_an_import_into_a_new_file_that_is_locked_is_one_line(database, import_csv, monkeypatch):
     monkeypatch.setattr(shop_module, "COMMAND_LOCK_TIMEOUT", 0.1)
-    with connect(database) as other:
-        other.execute("BEGIN IMMEDIATE")
-        busy = (1, "", "shop: The database is busy.\n")
-        assert import_csv("name,price\nTea,1\n") == busy
-        other.rollback()
+    with contextlib.closing(lock(database)):
+        assert import_csv("name,price\nTea,1\n") == (1, "", "shop: The database is busy.\n")
     assert import_csv("name,price\nTea,1\n") == imported(1, 0)
 
 
@@ -6413,29 +6384,25 @@ def test_what_changes_after_the_rows_were_checked_is_one_line(
 ):
     shop.product(sku="A")
     read_rows = shop_module.read_rows
+    products = []
 
     def read_and_change(*arguments):
         rows = read_rows(*arguments)
         assert shop(method, path, body).status_int < 300
+        products.extend(products_of(shop))
         return rows
 
     monkeypatch.setattr(shop_module, "read_rows", read_and_change)
-    text = "id,sku,name,price,metadata.a\n,N,Tea,1,\n1,A,Cup,2,x\n"
-    status, output, errors = import_csv(text)
-    assert (status, output) == (1, "")
+    status, output, errors = import_csv("id,sku,name,price,metadata.a\n,N,Tea,1,\n1,A,Cup,2,x\n")
+    assert (status, output, products_of(shop)) == (1, "", products)
     assert re.fullmatch(rf"shop: in\.csv: {message}[^\n]* Nothing has been imported\.\n", errors)
-    assert "Tea" not in [product["name"] for product in products_of(shop)]
 
 
-def test_an_import_waits_for_the_lock_at_most_ten_seconds(shop, tmp_path, database):
-    (tmp_path / "in.csv").write_text("name,price\nTea,1\n")
-    with connect(database) as other:
-        other.execute("BEGIN IMMEDIATE")
+def test_an_import_waits_for_the_lock_at_most_ten_seconds(shop, import_csv, database):
+    with contextlib.closing(lock(database)):
         started = time.monotonic()
-        result = Server(tmp_path).run("import", "in.csv")
+        assert import_csv("name,price\nTea,1\n") == (1, "", "shop: The database is busy.\n")
         assert 5 < time.monotonic() - started < 11
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "shop: The database is busy.\n"
     assert products_of(shop) == []
 
 
@@ -6459,19 +6426,17 @@ def selling(shop, products=3):
     """Four threads that order one piece each until the block ends; gives the ids of the orders."""
     stop = threading.Event()
     orders = []
-    counts = [0] * 4
+    buyers = []
 
     def buy(n):
         client = Client(shop.app.app)
         while not stop.is_set():
-            response = client.order((1 + n % products, 1))
-            assert response.status_int == 201
-            orders.append(response.json["id"])
-            counts[n] += 1
+            orders.append(client.order((1 + n % products, 1)).json["id"])
+            buyers.append(n)
 
     def everyone_buys():
-        aims = [count + 5 for count in counts]
-        wait_for(lambda: all(count > aim for count, aim in zip(counts, aims, strict=True)), 20)
+        aims = [buyers.count(n) + 5 for n in range(4)]
+        wait_for(lambda: all(buyers.count(n) > aim for n, aim in enumerate(aims)), 20)
 
     threads = start_threads(4, buy)
     try:
@@ -6486,14 +6451,11 @@ def selling(shop, products=3):
 def test_an_import_loses_nothing_that_is_sold_meanwhile(shop, import_csv, database):
     for _ in range(3):
         shop.product(stock=100_000)
-    rows = "".join(f"{n},Cup {n},5,7\n" for n in (1, 2, 3)) + ",new,1,1\n" * 300
+    text = "id,name,price,stock\n1,Cup 1,5,7\n2,Cup 2,5,7\n3,Cup 3,5,7\n" + ",new,1,1\n" * 300
     with selling(shop) as orders:
-        for number in range(3):
-            counts = (300, 3, 0) if number == 0 else (300, 0, 3)
-            expected = imported(*counts, differing=3)
-            assert import_csv("id,name,price,stock\n" + rows) == expected, number
-    sold = 300_000 - sum(shop.stock({"id": n}) for n in (1, 2, 3))
-    assert sold == len(orders)
+        for changed in 3, 0, 0:
+            assert import_csv(text) == imported(300, changed, 3 - changed, differing=3)
+    assert 300_000 - sum(shop.stock({"id": n}) for n in (1, 2, 3)) == len(orders)
     assert shop("GET", "/products/1/").json["name"] == "Cup 1"
     assert db.check_integrity(database) == []
 
@@ -6501,57 +6463,41 @@ def test_an_import_loses_nothing_that_is_sold_meanwhile(shop, import_csv, databa
 def test_a_stocktake_counts_exactly_what_is_sold_before_and_after_it(shop, import_csv, database):
     for _ in range(3):
         shop.product(stock=100_000)
-    rows = "".join(f"{n},{50_000 + n}\n" for n in (1, 2, 3))
     with selling(shop) as orders:
-        assert import_csv("id,stock\n" + rows, "--stock") == imported(0, 3)
+        text = "id,stock\n1,50001\n2,50002\n3,50003\n"
+        assert import_csv(text, "--stock") == imported(0, 3)
     sold = []
     for number in 1, 2, 3:
-        with connect(database) as connection:
-            movements = connection.execute(
-                "SELECT change, stock, order_id, note FROM every_movement WHERE product_id = ? "
-                "ORDER BY id",
-                (number,),
-            ).fetchall()
-        notes = [note for *_, note in movements]
-        place = notes.index("import")
-        later = [order_id for *_, order_id, _ in movements[place + 1 :]]
+        movements, _ = shop.app.app.store.list_movements(number, limit=10**6)
+        place = [movement["note"] for movement in movements].index("import")
+        later = movements[place + 1 :]
         assert place > 1
         assert len(later) > 1
-        assert movements[place][1] == 50_000 + number
+        assert movements[place]["stock"] == 50_000 + number
         assert shop.stock({"id": number}) == 50_000 + number - len(later)
-        sold += [order_id for *_, order_id, _ in movements if order_id]
+        sold += [movement["order_id"] for movement in movements if movement["order_id"]]
     assert sorted(sold) == sorted(orders)
     assert db.check_integrity(database) == []
 
 
-def write_rows(path, number, size=100):
-    with path.open("w") as file:
-        file.write("name,description,price,stock\n")
-        for row in range(number):
-            file.write(f'Product {row},"{"y" * size}, and more",{row % 1000}.25,{row % 100}\n')
-
-
 def run_measured(folder, *arguments):
     """Run a command: its standard output, seconds, and the most memory that it took, in MiB."""
-    process = start_command(Server(folder), *arguments, stdout=subprocess.PIPE, text=True)
+    process = start_command(Server(folder), *arguments, stderr=None)
     started = time.monotonic()
-    output = process.stdout.read()
+    with process.stdout:
+        output = process.stdout.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    process.stdout.close()
     assert process.returncode == 0
     return output, time.monotonic() - started, usage.ru_maxrss / 1024
 
 
 def test_a_hundred_thousand_rows_are_imported_in_little_time_and_memory(tmp_path, database):
-    with (tmp_path / "in.csv").open("w", encoding="utf-8") as file:
-        file.write("sku;name;description;price;stock\n")
-        for number in range(100_000):
-            text = f'"{"y" * 50}; {"ü" * 50}"'
-            file.write(f"S-{number};Käse {number};{text};{number % 999},25;{number % 100}\n")
-            if number == 19_999:
-                file.flush()
-                shutil.copy(tmp_path / "in.csv", tmp_path / "first.csv")
+    text = f'"{"y" * 50}; {"ü" * 50}"'
+    rows = [f"S-{n};Käse {n};{text};{n % 999},25;{n % 100}\n" for n in range(100_000)]
+    for name, number in ("first.csv", 20_000), ("in.csv", 100_000):
+        content = "sku;name;description;price;stock\n" + "".join(rows[:number])
+        (tmp_path / name).write_text(content, encoding="utf-8")
     output, seconds, _ = run_measured(tmp_path, "import", "first.csv")
     assert output == "first.csv: 20000 products added, 0 changed, 0 unchanged\n"
     assert seconds < 6
@@ -6565,17 +6511,16 @@ def test_a_hundred_thousand_rows_are_imported_in_little_time_and_memory(tmp_path
 @pytest.fixture
 def sold(shop, mug, database):
     """Orders of four days, the first of which has been changed since."""
-    tea = shop.product(name='Tea; "green"', price=0.1, stock=500, sku="T-1")
-    shop("POST", "/orders/", order_of((mug["id"], 2), (tea["id"], 3)))
+    shop.product(name='Tea; "green"', price=0.1, stock=500, sku="T-1")
+    shop.order((1, 2), (2, 3))
     for day in range(3):
-        shop("POST", "/orders/", referring(f"cart-{day}", (tea["id"], 100 + day)))
+        shop("POST", "/orders/", referring(f"cart-{day}", (2, 100 + day)))
     shop("PATCH", "/orders/1/", {"status": "completed"})
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
     days = "2026-10-31T23:59:59Z 2026-11-01T00:00:00Z 2026-11-30T23:59:59Z 2026-12-01T00:00:00Z"
     with connect(database) as connection:
-        for number, created_at in enumerate(days.split(), 1):
-            values = (created_at, number)
-            connection.execute("UPDATE orders SET created_at = ? WHERE id = ?", values)
+        sql = "UPDATE orders SET created_at = ? WHERE id = ?"
+        connection.executemany(sql, zip(days.split(), (1, 2, 3, 4), strict=True))
     return shop
 
 
@@ -6621,10 +6566,10 @@ def test_the_export_of_orders_is_from_the_first_to_the_last_day(
 
 def test_an_import_that_is_killed_leaves_all_or_nothing(tmp_path, database):
     place_orders(database, 1)
-    write_rows(tmp_path / "in.csv", 5000, 2000)
+    (tmp_path / "in.csv").write_text("name,price,description\n" + f"x,1,{'y' * 2000}\n" * 5000)
     server = Server(tmp_path)
     wal = database.with_name("db.sqlite3-wal")
-    process = start_command(server, "import", "in.csv", stdout=subprocess.PIPE)
+    process = start_command(server, "import", "in.csv")
     # SQLite writes into the WAL before the end of a transaction that is larger than its cache.
     wait_for(lambda: (wal.exists() and wal.stat().st_size > 10**6) or process.poll() is not None)
     process.kill()
