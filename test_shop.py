@@ -4544,11 +4544,9 @@ class SyncControl:
 
 @pytest.fixture(scope="session")
 def sync_library(tmp_path_factory):
-    if sys.platform != "linux":
-        pytest.skip("Only Linux has /proc/self/fd and LD_PRELOAD, which make a flush fail.")
     compiler = shutil.which("cc")
-    if not compiler:
-        pytest.skip("No C compiler (cc), which a library that makes a flush fail needs.")
+    if sys.platform != "linux" or not compiler:
+        pytest.skip("Only with /proc/self/fd, LD_PRELOAD and a C compiler can a flush fail here.")
     library = tmp_path_factory.mktemp("shim") / "sync.so"
     command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-ldl"]
     subprocess.run(command, input=SYNC_SHIM, text=True, check=True)
@@ -4558,6 +4556,22 @@ def sync_library(tmp_path_factory):
 @pytest.fixture
 def sync(sync_library, tmp_path):
     return SyncControl(sync_library, tmp_path / "sync_control")
+
+
+@pytest.fixture
+def sync_server(start_server, sync):
+    """A server whose flushes `sync` decides on, and a product with a stock of nine."""
+    server = start_server(ends_silently=False, **sync.settings)
+    server.product(stock=9)
+    return server
+
+
+def kill_and_restart(server, sync):
+    """Kill a server, start it again on a sound disk, and check what was left."""
+    assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    sync.restore()
+    server.start()
+    assert server.run("check").stdout == "db.sqlite3: sound\n"
 
 
 def wait_for(condition, seconds=5):
@@ -4572,32 +4586,32 @@ def order_ids(server):
     return [order["id"] for order in server("GET", "/orders/?limit=1000").json["orders"]]
 
 
+def orders_and_stock(server):
+    """The ids of the orders, and the stock of product 1."""
+    return order_ids(server), server("GET", "/products/1/").json["stock"]
+
+
+def statuses_of(responses):
+    return [response.status for response in responses]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
-def test_an_order_answered_503_does_not_come_true_after_a_crash(
-    tmp_path, database, sync, number, key
-):
-    server = Server(tmp_path, **sync.settings).start()
-    server.product(stock=9)
-    assert server.order(quantity=2).status == 201
+def test_an_order_answered_503_does_not_come_true_after_a_crash(sync_server, sync, number, key):
+    assert sync_server.order(quantity=2).status == 201
     sync.fail(number, times=1)
-    refused = server.order(quantity=4, **key)
+    refused = sync_server.order(quantity=4, **key)
     assert refused.status == 503
     assert "may or may not" not in refused.json["detail"]
     assert not sync.path.exists()  # the flush did fail
-    assert order_ids(server) == [1]
-    server.end(signal.SIGKILL)
-
-    server = Server(tmp_path).start()
-    assert order_ids(server) == [1]
-    assert server("GET", "/products/1/").json["stock"] == 7
-    retried = server.order(quantity=4, **key)
+    assert order_ids(sync_server) == [1]
+    kill_and_restart(sync_server, sync)
+    assert orders_and_stock(sync_server) == ([1], 7)
+    retried = sync_server.order(quantity=4, **key)
     assert retried.status == 201
     assert "Idempotent-Replayed" not in retried.headers
-    assert len(order_ids(server)) == 2
-    assert server("GET", "/products/1/").json["stock"] == 3
-    assert server.run("check").stdout == "db.sqlite3: sound\n"
-    assert server.end()[0] == 0
+    assert orders_and_stock(sync_server) == ([1, retried.json["id"]], 3)
+    assert sync_server.run("check").stdout == "db.sqlite3: sound\n"
 
 
 FAULTY_ORDERS = """
@@ -4622,35 +4636,30 @@ def faulty_server(start_server):
 def test_a_fault_in_a_batch_costs_no_other_request_its_order(faulty_server, database):
     assert faulty_server.order(quantity=3).status == 500
     responses = serve_as_batch(faulty_server, database, [2, 2, 3, 2, 2])
-    assert [response.status for response in responses] == [201, 201, 500, 201, 201]
+    assert statuses_of(responses) == [201, 201, 500, 201, 201]
     placed = [responses[n].json["id"] for n in (0, 1, 3, 4)]
-    assert order_ids(faulty_server) == placed
+    assert orders_and_stock(faulty_server) == (placed, 1)
     # That of one order is logged once, that of a batch for the batch and for its order alone.
     assert faulty_server.stderr().count("RuntimeError: planted") == 1 + 2
     assert "During handling" not in faulty_server.stderr()
-    assert faulty_server("GET", "/products/1/").json["stock"] == 1
     assert faulty_server("GET", "/healthz").status == 200
     assert db.check_integrity(database) == []
 
 
 def test_a_fault_in_a_batch_breaks_no_connection(faulty_server, database):
-    pipelined, waiting, faulty = (faulty_server.connect() for _ in range(3))
     expecting = order_request(1).replace(b"Host: x", b"Host: x\r\nExpect: 100-continue", 1)
     head, body = expecting.split(b"{", 1)
-    with in_one_batch(faulty_server, database):
-        pipelined.sendall(order_request(2) + closing(GET_HEALTH))
-        waiting.sendall(order_request(2) + head)
-        faulty.sendall(closing(order_request(3)))
-    assert [response.status for response in read_responses(pipelined)] == [201, 200]
-    assert [response.status for response in read_responses(faulty)] == [500]
-    answer = b""
-    while b" 100 Continue" not in answer and (part := waiting.recv(1 << 16)):
-        answer += part
-    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"201", b"100"]
-    waiting.sendall(b"{" + body)
-    assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 201 ")
-    for connection in pipelined, waiting, faulty:
-        connection.close()
+    connect = faulty_server.connect
+    with connect() as pipelined, connect() as waiting, connect() as faulty:
+        with in_one_batch(faulty_server, database):
+            pipelined.sendall(order_request(2) + closing(GET_HEALTH))
+            waiting.sendall(order_request(2) + head)
+            faulty.sendall(closing(order_request(3)))
+        assert statuses_of(read_responses(pipelined)) == [201, 200]
+        assert statuses_of(read_responses(faulty)) == [500]
+        assert statuses_of(read_responses(waiting)) == [201, 100]
+        waiting.sendall(b"{" + body)
+        assert statuses_of(read_responses(waiting)) == [201]
     assert faulty_server("GET", "/products/1/").json["stock"] == 4
 
 
@@ -4664,7 +4673,8 @@ def store(tmp_path):
 def test_a_rejected_step_of_a_transaction_leaves_the_others(store, begin):
     mug, jug, gold, none = ({"product_id": number, "quantity": 10} for number in (1, 2, 3, 4))
     gold["quantity"] = 10_000
-    many = {f"n{number}": "x" for number in range(51)}
+    many = {"metadata": {f"n{number}": "x" for number in range(51)}}
+    twin = {"name": "x", "sku": "A"}
     with begin(store):
         store.create_product(name="Mug", price=999, stock=25, sku="A", metadata={"a": None})
         store.create_product(name="Jug", price=999, stock=1)
@@ -4674,11 +4684,11 @@ def test_a_rejected_step_of_a_transaction_leaves_the_others(store, begin):
             (db.UnknownProducts, lambda: store.create_order([mug, none])),
             (ValueError, lambda: store.create_order([])),
             (db.ExcessiveTotal, lambda: store.create_order([gold, mug])),
-            (db.ExcessiveMetadata, lambda: store.create_order([mug], metadata=many)),
-            (db.ExcessiveMetadata, lambda: store.create_product(name="x", price=1, metadata=many)),
-            (db.ExcessiveMetadata, lambda: store.update_product(1, name="x", metadata=many)),
-            (db.DuplicateSku, lambda: store.create_product(name="x", price=1, stock=3, sku="A")),
-            (db.DuplicateSku, lambda: store.update_product(2, name="x", sku="A")),
+            (db.ExcessiveMetadata, lambda: store.create_order([mug], **many)),
+            (db.ExcessiveMetadata, lambda: store.create_product(name="x", price=1, **many)),
+            (db.ExcessiveMetadata, lambda: store.update_product(1, name="x", **many)),
+            (db.DuplicateSku, lambda: store.create_product(price=1, stock=3, **twin)),
+            (db.DuplicateSku, lambda: store.update_product(2, **twin)),
             (db.DuplicateSku, lambda: store.import_products([{"id": 2, "sku": "A"}])),
         ]:
             with pytest.raises(error):
@@ -4686,26 +4696,27 @@ def test_a_rejected_step_of_a_transaction_leaves_the_others(store, begin):
         store.create_order([mug], metadata={"a": None})
         order = store.create_order([gold])
     assert order["total"] == 10**15
-    products = store.list_products()[0]
-    assert [(product["name"], product["stock"], product["sku"]) for product in products] == [
-        ("Mug", 15, "A"),
-        ("Jug", 1, ""),
-        ("Gold", 80_000, ""),
+    products = [tuple(product.values()) for product in store.list_products()[0]]
+    assert products == [
+        (1, "Mug", "", 999, 15, "A", {}),
+        (2, "Jug", "", 999, 1, "", {}),
+        (3, "Gold", "", 10**11, 80_000, "", {}),
     ]
-    assert products[0]["metadata"] == store.get_order(1)["metadata"] == {}
-    assert store.list_orders()[0][1:] == [order]
+    orders, _ = store.list_orders()
+    assert (orders[0]["metadata"], orders[1:]) == ({}, [order])
 
 
-def test_a_batch_that_finds_the_database_locked_does_not_begin(database):
-    store = db.Store(database, lock_timeout=0)
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(db.DatabaseBusy), store.batch():
+def test_a_batch_that_finds_the_database_locked_does_not_begin(tmp_path):
+    with contextlib.closing(db.Store(tmp_path / "store", lock_timeout=0)) as store:
+        with (
+            contextlib.closing(lock(store.path)),
+            pytest.raises(db.DatabaseBusy),
+            store.batch(),
+        ):
             pytest.fail("The block runs.")
-    with store.batch():
-        store.create_product(name="Mug", price=999)
-    assert store.get_product(1)["name"] == "Mug"
-    store.close()
+        with store.batch():
+            mug = store.create_product(name="Mug", price=999)
+        assert store.list_products() == ([mug], None)
 
 
 def test_a_step_that_fails_after_a_change_rolls_its_transaction_back(store):
@@ -4734,13 +4745,15 @@ def test_products_are_listed_in_cents_as_they_are_read_one_by_one(store):
     mug = store.create_product(name="Blue Mug", price=999, stock=5)
     jug = store.create_product(name="Blue Jug", price=450)
     assert store.get_product(1) == mug
-    assert store.list_products() == ([mug, jug], None)
-    assert store.list_products(sort="-id", limit=1) == ([jug], 2)
-    assert store.list_products(sort="price", after=2, limit=1) == ([mug], None)
-    assert store.list_products(q="mug", available=True) == ([mug], None)
+    for query, page in [
+        ({}, ([mug, jug], None)),
+        ({"sort": "-id", "limit": 1}, ([jug], 2)),
+        ({"sort": "price", "after": 2, "limit": 1}, ([mug], None)),
+        ({"q": "mug", "available": True}, ([mug], None)),
+    ]:
+        assert store.list_products(**query) == page
     text, next_after = store.list_products_json(sort="name", limit=1)
-    assert json.loads(text) == jug | {"price": 4.5}
-    assert next_after == 2
+    assert (json.loads(text), next_after) == (jug | {"price": 4.5}, 2)
     with pytest.raises(db.UnknownPlace):
         store.list_products(sort="name", after=9)
 
@@ -4752,15 +4765,10 @@ def test_the_store_gives_the_fields_it_takes_and_a_later_read_has_the_same_etag(
     assert list(mug.items()) == [("id", 1), *fields.items()]
     order = store.create_order([{"product_id": 1, "quantity": 2}], "cart", {"email": "a@b.example"})
     line = {"product_id": 1, "name": "Mug", "price": 10**11, "quantity": 2, "sku": "MUG-BL"}
-    assert list(order.items()) == [
-        ("id", 1),
-        ("status", "pending"),
-        ("total", 2 * 10**11),
-        ("created_at", order["created_at"]),
-        ("reference", "cart"),
-        ("metadata", {"email": "a@b.example"}),
-        ("lines", [line]),
-    ]
+    created_at = order["created_at"]
+    expected = {"id": 1, "status": "pending", "total": 2 * 10**11, "created_at": created_at}
+    expected |= {"reference": "cart", "metadata": {"email": "a@b.example"}, "lines": [line]}
+    assert list(order.items()) == list(expected.items())
     for product in (
         store.update_product(1, metadata={"b": None, "c": "x"}, sku="M2"),
         store.update_stock(1, 3),
@@ -4817,7 +4825,6 @@ def test_the_rows_of_an_import_take_effect_in_their_order_or_not_at_all(store):
     store.create_product(name="a", price=1, stock=2, sku="A")
     store.create_product(name="b", price=1)
     new = {"name": "new", "price": 5, "sku": "A"}
-    moves = [{"id": 1, "sku": "", "stock": 9}, new, {"id": 2, "sku": "B"}]
     products = store.list_products()[0]
     for rows, error in [
         ([new], db.DuplicateSku),
@@ -4830,56 +4837,45 @@ def test_the_rows_of_an_import_take_effect_in_their_order_or_not_at_all(store):
         with pytest.raises(error):
             store.import_products([{"id": 2, "price": 8}, {**new, "sku": "first"}, *rows])
         assert store.list_products()[0] == products
+    moves = iter([{"id": 1, "sku": "", "stock": 9}, new, {"id": 2, "sku": "B"}])
     assert store.import_products(moves) == (1, 2, 0)
     assert [product["sku"] for product in store.list_products()[0]] == ["", "B", "A"]
 
 
 @pytest.mark.parametrize("times, status", [(1, 201), (0, 503)])
 def test_orders_of_a_batch_whose_flush_fails_are_placed_alone_or_not_at_all(
-    tmp_path, database, sync, times, status
+    sync_server, database, sync, times, status
 ):
-    server = Server(tmp_path, **sync.settings).start()
-    server.product(stock=9)
     sync.fail(errno.EIO, times=times)
-    responses = serve_as_batch(server, database, [2] * 4)
-    assert [response.status for response in responses] == [status] * 4
-    server.end(signal.SIGKILL)
-    server = Server(tmp_path).start()
+    responses = serve_as_batch(sync_server, database, [2] * 4)
+    assert statuses_of(responses) == [status] * 4
+    kill_and_restart(sync_server, sync)
     if times:
-        assert order_ids(server) == [response.json["id"] for response in responses]
-        assert server("GET", "/products/1/").json["stock"] == 1
+        ids = [response.json["id"] for response in responses]
+        assert orders_and_stock(sync_server) == (ids, 1)
     else:
         assert all("may or may not" in response.json["detail"] for response in responses)
-    assert server.run("check").stdout == "db.sqlite3: sound\n"
-    assert server.end()[0] == 0
 
 
 def test_an_order_whose_outcome_is_unknown_is_answered_so_and_orders_then_work_again(
-    tmp_path, sync
+    sync_server, sync
 ):
-    server = Server(tmp_path, **sync.settings).start()
-    server.product(stock=9)
     sync.fail(errno.EIO)
-    refused = server.order(quantity=4)
+    refused = sync_server.order(quantity=4)
     assert refused.status == 503
     assert refused.headers["Retry-After"]
     assert "may or may not have been stored" in refused.json["detail"]
     assert "Idempotency-Key" in refused.json["detail"]
-    assert server("GET", "/healthz").status == 503
+    assert sync_server("GET", "/healthz").status == 503
     sync.restore()
-    accepted = server.order(quantity=3)
+    accepted = sync_server.order(quantity=3)
     assert accepted.status == 201
-    assert server("GET", "/healthz").status == 200
-    ids = order_ids(server)
-    stock = server("GET", "/products/1/").json["stock"]
+    assert sync_server("GET", "/healthz").status == 200
+    ids, stock = orders_and_stock(sync_server)
     assert accepted.json["id"] in ids
     assert stock == (6 if len(ids) == 1 else 2)
-    server.end(signal.SIGKILL)
-    server = Server(tmp_path).start()
-    assert order_ids(server) == ids
-    assert server("GET", "/products/1/").json["stock"] == stock
-    assert server.run("check").stdout == "db.sqlite3: sound\n"
-    assert server.end()[0] == 0
+    kill_and_restart(sync_server, sync)
+    assert orders_and_stock(sync_server) == (ids, stock)
 
 
 # --- a full disk
