@@ -5482,38 +5482,30 @@ def test_every_change_of_a_stock_is_a_movement_that_says_what_was_left(shop, mug
     shop("PATCH", "/orders/1/", {"status": "cancelled"})
     shop("PATCH", "/orders/2/", {"status": "completed"})
     assert steps_of(shop, 1) == [
-        (5, 5, None, ""),
-        (4, 9, None, ""),
-        (-3, 6, None, "broken ☕"),
-        (-2, 4, 1, ""),
-        (-1, 3, 2, ""),
-        (2, 5, 1, ""),
+        *((5, 5, None, ""), (4, 9, None, ""), (-3, 6, None, "broken ☕")),
+        *((-2, 4, 1, ""), (-1, 3, 2, ""), (2, 5, 1, "")),
     ]
     assert steps_of(shop, 2) == [(4, 4, None, ""), (-1, 3, 1, ""), (1, 4, 1, "")]
-    first = movements_of(shop, 1)[0]
+    first, *_, sale, _, _ = movements_of(shop, 1)
     assert list(first) == ["id", "change", "stock", "order_id", "note", "created_at"]
     age = time.time() - calendar.timegm(time.strptime(first["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
     assert -1 < age < 60
-    sale = movements_of(shop, 1)[3]
     assert sale["created_at"] == shop("GET", "/orders/1/").json["created_at"]
 
 
 def test_only_a_change_of_the_stock_is_a_movement(shop, mug, database):
     shop.product(stock=1)
     shop.product()
-    before = steps_of(shop)
     shop("PATCH", "/products/1/", {"stock": 5})
     shop("PATCH", "/products/1/", {"name": "Cup", "price": 1})
-    shop("POST", "/products/1/stock/", {"change": 0, "note": "counted"})
     shop("PATCH", "/products/1/", {"stock": 6}, {"If-Match": '"x"'})
-    shop("POST", "/products/1/stock/", {"change": -6})
-    shop("POST", "/products/1/stock/", {"change": 10**9})
+    for body in {"change": 0, "note": "counted"}, {"change": -6}, {"change": 10**9}:
+        shop("POST", "/products/1/stock/", body)
     shop("POST", "/products/1/stock/", {"change": 1, "note": 1})
     for last in (1, 6), (2, 2), (7, 1):  # the order fails at its last line
         assert shop.order((3, 2), last).status_int in (409, 422)
-    assert steps_of(shop) == before == [(5, 5, None, "")]
-    assert steps_of(shop, 2) == [(1, 1, None, "")]
-    assert steps_of(shop, 3) == [(5, 5, None, "")]
+    steps = [steps_of(shop, product_id) for product_id in (1, 2, 3)]
+    assert steps == [[(5, 5, None, "")], [(1, 1, None, "")], [(5, 5, None, "")]]
     assert db.check_integrity(database) == []
 
 
@@ -5540,40 +5532,31 @@ def test_a_cancel_puts_back_what_the_maximum_allows_and_nothing_of_deleted_produ
 
 
 def test_movements_are_paged_in_both_directions_by_next_and_link(shop, mug):
-    for number in range(1, 7):
-        if number % 2:
-            shop.order((1, 1))
-        else:
-            shop("POST", "/products/1/stock/", {"change": number})
+    path = "/products/1/stock/"
+    for _ in range(100):
+        shop("POST", path, {"change": 1})
+    ids = [*range(1, 102)]
 
-    def ids(movements):
+    def ids_in(movements):
         return [movement["id"] for movement in movements]
 
-    for sort, expected in ("id", [1, 2, 3, 4, 5, 6, 7]), ("-id", [7, 6, 5, 4, 3, 2, 1]):
-        path = f"/products/1/stock/?sort={sort}&limit=3"
-        assert ids(shop("GET", path).json["movements"]) == expected[:3]
-        assert ids(walk_pages(shop, path, "movements")) == expected
+    for sort, expected in ("id", ids), ("-id", ids[::-1]):
+        first = f"{path}?sort={sort}&limit=30"
+        assert ids_in(shop("GET", first).json["movements"]) == expected[:30]
+        assert ids_in(walk_pages(shop, first, "movements")) == expected
     for query, expected in [
-        ("", [1, 2, 3, 4, 5, 6, 7]),
-        ("?after=0", [1, 2, 3, 4, 5, 6, 7]),
-        ("?after=5", [6, 7]),
+        ("", ids[:100]),
+        ("?after=0", ids[:100]),
+        ("?after=99", [100, 101]),
         ("?after=5&sort=-id", [4, 3, 2, 1]),
-        ("?after=99", []),
-        ("?after=99&sort=-id&limit=2", [7, 6]),
+        ("?after=999", []),
+        ("?after=999&sort=-id&limit=2", [101, 100]),
     ]:
-        assert ids(movements_of(shop, 1, query)) == expected
-    assert shop("GET", "/products/1/stock/?limit=7").json["next"] is None
+        assert ids_in(movements_of(shop, 1, query)) == expected
+    assert shop("GET", f"{path}?limit=101").json["next"] is None
     for query in "limit=1001", "limit=0", "sort=change", "after=-1", "q=x":
-        errors = errors_of(shop("GET", f"/products/1/stock/?{query}"))
+        errors = errors_of(shop("GET", f"{path}?{query}"))
         assert list(errors) == [query.partition("=")[0]]
-
-
-def test_a_page_of_movements_has_a_hundred_by_default(shop, mug):
-    for _ in range(100):
-        shop("POST", "/products/1/stock/", {"change": 1})
-    page = shop("GET", "/products/1/stock/").json
-    assert len(page["movements"]) == 100
-    assert len(shop("GET", page["next"]).json["movements"]) == 1
 
 
 def test_a_note_is_text_of_up_to_200_characters(shop, mug):
@@ -5668,10 +5651,9 @@ def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(start_server, data
         connection.execute("UPDATE orders SET status = 'completed' WHERE id = 2")
     server = start_server(ORDER_TIMEOUT="60")
     wait_for(lambda: server("GET", "/orders/1/").json["status"] == "cancelled")
-    statuses = [order["status"] for order in server("GET", "/orders/").json["orders"]]
-    assert statuses == ["cancelled", "completed", "pending", "pending"]
+    assert statuses_in(database) == ["cancelled", "completed", "pending", "pending"]
     assert server("GET", "/products/1/").json["stock"] == 9997
-    last = server("GET", "/products/1/stock/?sort=-id&limit=1").json["movements"][0]
+    [last] = server("GET", "/products/1/stock/?sort=-id&limit=1").json["movements"]
     assert (last["id"], last["change"], last["stock"], last["order_id"]) == (6, 1, 9997, 1)
     refused = server("PATCH", "/orders/1/", {"status": "completed"})
     assert refused.json["type"] == "urn:problem-type:invalid-transition"
@@ -5694,14 +5676,12 @@ def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(start
     assert db.check_integrity(database) == []
 
 
-def test_the_command_expire_cancels_what_is_due_and_says_how_many(tmp_path, database):
+def test_the_command_expire_cancels_what_is_due_and_says_how_many(command, database, monkeypatch):
+    monkeypatch.setenv("ORDER_TIMEOUT", "1.5")
     place_orders(database, 25)
     backdate(database, 2, "id < 24")
-    server = Server(tmp_path, ORDER_TIMEOUT="1.5")
     for number in 23, 0:
-        result = server.run("expire")
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout == f"{number} orders cancelled\n"
+        assert command("expire") == (0, f"{number} orders cancelled\n", "")
     assert statuses_in(database) == ["cancelled"] * 23 + ["pending"] * 2
     assert db.check_integrity(database) == []
 
@@ -5711,44 +5691,39 @@ def test_the_oldest_orders_before_a_moment_expire_first_and_those_of_it_do_not(s
     with connect(store.path) as connection:
         connection.execute("UPDATE orders SET created_at = '2026-11-22T10:15:' || (39 - id) || 'Z'")
     before = "2026-11-22T10:15:34Z"  # order 5 was placed then
-    cancelled = []
-    while portion := store.expire_orders(before, limit=3):
-        assert portion == min(3, 4 - len(cancelled))
-        orders = store.list_orders(status="cancelled")[0]
-        cancelled += [order["id"] for order in orders if order["id"] not in cancelled]
-    assert cancelled == [7, 8, 9, 6]
-    assert store.expire_orders(before) == 0
+    for number, cancelled in (3, [7, 8, 9]), (1, [6, 7, 8, 9]), (0, [6, 7, 8, 9]):
+        assert store.expire_orders(before, limit=3) == number
+        orders, _ = store.list_orders(status="cancelled")
+        assert [order["id"] for order in orders] == cancelled
     assert store.get_product(1)["stock"] == 9995
 
 
-def test_expire_without_a_timeout_is_an_error_and_changes_nothing(tmp_path, database):
+def test_expire_without_a_timeout_is_an_error_and_changes_nothing(command, database, monkeypatch):
     place_orders(database, 1)
     backdate(database, 10**6)
-    for settings in {}, {"ORDER_TIMEOUT": ""}:
-        result = Server(tmp_path, **settings).run("expire")
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr == "shop: ORDER_TIMEOUT is not set: no order expires.\n"
+    reason = "shop: ORDER_TIMEOUT is not set: no order expires.\n"
+    assert command("expire") == (1, "", reason)
+    monkeypatch.setenv("ORDER_TIMEOUT", "")
+    assert command("expire") == (1, "", reason)
     assert statuses_in(database) == ["pending"]
 
 
-NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 9999999999"
+NO_MINUTES = "0 0.0 -1 +1 1e3 1_0 x nan inf ٣ 1. .5 1,5 60m 700000000 9999999999"
 
 
 @pytest.mark.parametrize("value", NO_MINUTES.split())
 @pytest.mark.parametrize("arguments, status", [([], 2), (["expire"], 1)])
-def test_a_timeout_is_a_number_of_minutes(tmp_path, monkeypatch, capsys, value, arguments, status):
-    monkeypatch.chdir(tmp_path)
+def test_a_timeout_is_a_number_of_minutes(command, monkeypatch, value, arguments, status):
     monkeypatch.setenv("ORDER_TIMEOUT", value)
-    assert shop_module.main(arguments) == status
     reason = f"ORDER_TIMEOUT must be a number of minutes above 0, not '{value}'."
-    assert capsys.readouterr() == ("", f"shop: {reason}\n")
+    assert command(*arguments) == (status, "", f"shop: {reason}\n")
 
 
-def test_a_timeout_of_centuries_cancels_nothing(tmp_path, database):
+def test_a_timeout_of_centuries_cancels_nothing(command, database, monkeypatch):
+    monkeypatch.setenv("ORDER_TIMEOUT", "99999999")
     place_orders(database, 1)
-    for minutes in "99999999", "700000000", "999999999":
-        Server(tmp_path, ORDER_TIMEOUT=minutes).run("expire")
-        assert statuses_in(database) == ["pending"], minutes
+    assert command("expire") == (0, "0 orders cancelled\n", "")
+    assert statuses_in(database) == ["pending"]
 
 
 def test_a_fault_in_the_expiry_does_not_end_the_process(start_server):
@@ -6538,64 +6513,8 @@ def test_an_import_that_is_killed_leaves_all_or_nothing(tmp_path, database):
 # --------------------------------------------------------------------------- a model of the shop
 
 
-class Model:
-    """What the shop must make of the writes of one thread: each returns the status due."""
-
-    def __init__(self):
-        self.changes = {}  # of the stock of each product that exists
-        self.skus = {}  # of the same products
-        self.orders = {}  # id: [status, {product_id: quantity}, {product_id: sku}]
-        self.metadata = {}  # of each product and order, by its path
-
-    def stock(self, product):
-        return sum(self.changes[product])
-
-    def move(self, product, change):
-        """Change a stock, if that is possible."""
-        if not 0 <= self.stock(product) + change <= db.MAX_STOCK:
-            return 409 if change < 0 else 422
-        self.changes[product] += [change] if change else []
-        return 200
-
-    def has_sku(self, sku, product=None):
-        """Whether a product other than this one has the sku."""
-        return any(sku == self.skus[other] != "" for other in self.skus if other != product)
-
-    def merge(self, path, patch):
-        merged = self.metadata.get(path, {}) | patch
-        self.metadata[path] = {name: text for name, text in merged.items() if text is not None}
-
-    def update_product(self, product, stock, sku, patch):
-        if self.has_sku(sku, product):
-            return 409
-        self.skus[product] = sku
-        self.merge(f"/products/{product}/", patch)
-        return self.move(product, stock - self.stock(product))
-
-    def order(self, lines):
-        if not lines.keys() <= self.changes.keys():
-            return 422
-        if any(self.stock(product) < quantity for product, quantity in lines.items()):
-            return 409
-        for product, quantity in lines.items():
-            self.move(product, -quantity)
-        return 201
-
-    def update_order(self, order_id, status, patch):
-        before, lines, _ = self.orders[order_id]
-        if (before, status) == ("cancelled", "completed"):
-            return 409
-        self.merge(f"/orders/{order_id}/", patch)
-        if before != status == "cancelled":
-            for product in lines.keys() & self.changes.keys():
-                room = db.MAX_STOCK - self.stock(product)
-                self.move(product, min(lines[product], room))
-        self.orders[order_id][0] = status
-        return 200
-
-
 class Player:
-    """A thread that writes at random, and its model.
+    """A thread that writes at random, and a model of what the shop must make of its writes.
 
     Each has products, skus and orders of its own, so that its model is exact: what the threads
     share is the database, its ids and the Store.
@@ -6605,8 +6524,9 @@ class Player:
         self.client = Client(app)
         self.dice = random.Random(number)
         self.number = number
-        self.model = Model()
+        self.products = {}  # by id: the changes of the stock, sku and metadata
         self.deleted = set()
+        self.orders = {}  # by id: status, metadata, and (quantity, sku) by product
         self.sent = 0
         self.create_product()
 
@@ -6626,99 +6546,138 @@ class Player:
             assert other.status_int == 422
         return response
 
-    def product(self):
-        return self.dice.choice([*self.model.changes, *self.deleted])
+    def any_product(self):
+        return self.dice.choice([*self.products, *self.deleted])
 
-    def sku(self):
+    def any_sku(self):
         return self.dice.choice(["", *(f"{self.number}-{letter}" for letter in "abcdef")])
 
-    def metadata(self, *texts):
+    def any_metadata(self, *texts):
         return {name: self.dice.choice(texts) for name in self.dice.sample("abc", 2)}
+
+    def stock(self, product_id):
+        return sum(self.products[product_id].changes)
+
+    def move(self, product_id, change):
+        """Change a stock in the model, if that is possible; returns the status that is due."""
+        if not 0 <= self.stock(product_id) + change <= db.MAX_STOCK:
+            return 409 if change < 0 else 422
+        self.products[product_id].changes += [change] if change else []
+        return 200
+
+    def has_sku(self, sku, product_id=None):
+        """Whether a product other than this one has the sku."""
+        others = (product for other, product in self.products.items() if other != product_id)
+        return any(sku == product.sku != "" for product in others)
+
+    def change(self, product_id, body):
+        """Change stock, sku and metadata in the model; returns the status that is due."""
+        if self.has_sku(body["sku"], product_id):
+            return 409
+        product = self.products[product_id]
+        product.sku = body["sku"]
+        product.metadata = merged(product.metadata, body["metadata"])
+        return self.move(product_id, body["stock"] - self.stock(product_id))
 
     def create_product(self):
         stock = self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])
         body = {"name": "x", "price": 0.1, "stock": stock}
+        body |= {"sku": self.any_sku(), "metadata": self.any_metadata("", "1")}
         if self.sent and self.dice.random() < 0.3:
             self.send("POST", "/products/", {**body, "name": ""}, 422)
             return
-        body |= {"sku": self.sku(), "metadata": self.metadata("", "1")}
-        due = 409 if self.model.has_sku(body["sku"]) else 201
+        due = 409 if self.has_sku(body["sku"]) else 201
         response = self.send("POST", "/products/", body, due)
         if due == 201:
-            product = response.json["id"]
-            self.model.changes[product] = []
-            self.model.update_product(product, stock, body["sku"], body["metadata"])
+            product_id = response.json["id"]
+            self.products[product_id] = SimpleNamespace(changes=[], sku="", metadata={})
+            self.change(product_id, body)
 
     def write_product(self, method, path, body, act):
         """A write to a product, maybe under a condition; act() is what the model makes of it."""
-        product = self.product()
+        product_id = self.any_product()
         headers = {}
         due = None
         match self.dice.randrange(4):
-            case 0 if product in self.model.changes:
-                headers["If-Match"] = etag_of(self.client, f"/products/{product}/")
+            case 0 if product_id in self.products:
+                headers["If-Match"] = etag_of(self.client, f"/products/{product_id}/")
             case 1:
                 headers["If-Match"] = '"stale"'
                 due = 412
-        if product not in self.model.changes:
+        if product_id not in self.products:
             due = 404
-        self.send(method, path.format(product), body, due or act(product), headers)
+        due = due or act(product_id, body)
+        self.send(method, path.format(product_id), body, due, headers)
 
     def update_product(self):
         body = {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
-        body |= {"sku": self.sku(), "metadata": self.metadata(None, "", "1")}
-
-        def act(product):
-            return self.model.update_product(product, *body.values())
-
-        price = {"price": self.dice.randrange(100)}
-        self.write_product("PATCH", "/products/{}/", body | price, act)
-        self.send("PATCH", f"/products/{self.product()}/", {"stock": -1}, 422)
+        body |= {"sku": self.any_sku(), "metadata": self.any_metadata(None, "", "1")}
+        body["price"] = self.dice.randrange(100)
+        self.write_product("PATCH", "/products/{}/", body, self.change)
+        self.send("PATCH", f"/products/{self.any_product()}/", {"stock": -1}, 422)
 
     def update_stock(self):
-        change = self.dice.choice([-(10**8), -9, -1, 0, 4, 12])
-        body = {"change": change, "note": "counted"}
-        path = "/products/{}/stock/"
-        self.write_product("POST", path, body, lambda product: self.model.move(product, change))
+        body = {"change": self.dice.choice([-(10**8), -9, -1, 0, 4, 12]), "note": "counted"}
+
+        def act(product_id, body):
+            return self.move(product_id, body["change"])
+
+        self.write_product("POST", "/products/{}/stock/", body, act)
 
     def delete_product(self):
-        def act(product):
-            del self.model.changes[product]
-            del self.model.skus[product]
-            self.deleted.add(product)
+        def act(product_id, body):
+            del self.products[product_id]
+            self.deleted.add(product_id)
             return 204
 
         if self.dice.random() < 0.2:
             self.write_product("DELETE", "/products/{}/", None, act)
-        if not self.model.changes:
+        if not self.products:
             self.create_product()
 
     def create_order(self):
-        lines = {self.product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))}
+        lines = {
+            self.any_product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))
+        }
         body = order_of(*lines.items()) | {"reference": str(self.number)}
-        body["metadata"] = self.metadata("", "1")
+        body["metadata"] = self.any_metadata("", "1")
+        due = 201
         if self.dice.random() < 0.1:
             body["products"][0]["quantity"] = 0
-            self.send("POST", "/orders/", body, 422)
-            return
-        response = self.send("POST", "/orders/", body, self.model.order(lines))
-        if response.status_int == 201:
-            skus = {product: self.model.skus[product] for product in lines}
-            self.model.orders[response.json["id"]] = ["pending", lines, skus]
-            self.model.merge(response.headers["Location"], body["metadata"])
+            due = 422
+        elif not lines.keys() <= self.products.keys():
+            due = 422
+        elif any(self.stock(product_id) < quantity for product_id, quantity in lines.items()):
+            due = 409
+        response = self.send("POST", "/orders/", body, due)
+        if due == 201:
+            order = SimpleNamespace(status="pending", metadata=body["metadata"], lines={})
+            self.orders[response.json["id"]] = order
+            for product_id, quantity in lines.items():
+                order.lines[product_id] = quantity, self.products[product_id].sku
+                self.move(product_id, -quantity)
 
     def update_order(self):
-        if self.model.orders:
-            order_id = self.dice.choice([*self.model.orders][-5:])
-            path = f"/orders/{order_id}/"
-            if self.dice.random() < 0.2:
-                headers = {"If-Match": '"stale"'}
-                self.send("PATCH", path, {"status": "cancelled"}, 412, headers)
-            status = self.dice.choice(["completed", "cancelled", "cancelled"])
-            patch = self.metadata(None, "", "1")
-            due = self.model.update_order(order_id, status, patch)
-            self.send("PATCH", path, {"status": status, "metadata": patch}, due)
-            self.send("PATCH", path, {"status": "pending"}, 422)
+        if not self.orders:
+            return
+        order_id = self.dice.choice([*self.orders][-5:])
+        order = self.orders[order_id]
+        path = f"/orders/{order_id}/"
+        if self.dice.random() < 0.2:
+            self.send("PATCH", path, {"status": "cancelled"}, 412, {"If-Match": '"stale"'})
+        status = self.dice.choice(["completed", "cancelled", "cancelled"])
+        body = {"status": status, "metadata": self.any_metadata(None, "", "1")}
+        if (order.status, status) == ("cancelled", "completed"):
+            self.send("PATCH", path, body, 409)
+        else:
+            self.send("PATCH", path, body, 200)
+            if order.status != status == "cancelled":
+                for product_id in order.lines.keys() & self.products.keys():
+                    room = db.MAX_STOCK - self.stock(product_id)
+                    self.move(product_id, min(order.lines[product_id][0], room))
+            order.status = status
+            order.metadata = merged(order.metadata, body["metadata"])
+        self.send("PATCH", path, {"status": "pending"}, 422)
 
     def play(self, turns):
         moves = [self.create_product, self.update_product, self.update_stock, self.delete_product]
@@ -6727,28 +6686,29 @@ class Player:
             self.dice.choice(moves)()
 
 
+def merged(metadata, patch):
+    return {name: text for name, text in (metadata | patch).items() if text is not None}
+
+
 def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop, database):
     players = [Player(shop.app.app, number) for number in range(6)]
     at_once(6, lambda n: players[n].play(350))
     assert sum(player.sent for player in players) > 2000
-    changes, orders, skus, metadata = {}, {}, {}, {}
+    products, orders = {}, {}
     for player in players:
-        changes |= player.model.changes
-        orders |= player.model.orders
-        skus |= player.model.skus
-        metadata |= player.model.metadata
-        for product in player.deleted:
-            assert shop("GET", f"/products/{product}/stock/").status_int == 404
-    for product in shop("GET", "/products/").json["products"]:
-        due = changes.pop(product["id"])
-        assert (product["stock"], product["sku"]) == (sum(due), skus[product["id"]])
-        assert product["metadata"] == metadata[f"/products/{product['id']}/"]
-        assert [change for change, *_ in steps_of(shop, product["id"])] == due
-    assert changes == {}
+        products |= player.products
+        orders |= player.orders
+        for product_id in player.deleted:
+            assert shop("GET", f"/products/{product_id}/stock/").status_int == 404
+    for product in products_of(shop):
+        due = products.pop(product["id"])
+        assert (product["stock"], product["sku"]) == (sum(due.changes), due.sku)
+        assert product["metadata"] == due.metadata
+        assert [change for change, *_ in steps_of(shop, product["id"])] == due.changes
     for order in walk_pages(shop, "/orders/?limit=1000", "orders"):
-        lines = {line["product_id"]: line["quantity"] for line in order["products"]}
-        sold = {line["product_id"]: line["sku"] for line in order["products"]}
-        assert [order["status"], lines, sold] == orders.pop(order["id"])
-        assert order["metadata"] == metadata[f"/orders/{order['id']}/"]
-    assert orders == {}
+        due = orders.pop(order["id"])
+        lines = {line["product_id"]: (line["quantity"], line["sku"]) for line in order["products"]}
+        assert (order["status"], order["metadata"]) == (due.status, due.metadata)
+        assert lines == due.lines
+    assert (products, orders) == ({}, {})
     assert db.check_integrity(database) == []
