@@ -4161,13 +4161,9 @@ FLOODS = [
     (CHUNKED + b"\r\n" * 1_000_000, 413),
     (TRAILER + b"A:\r\n" * 100_000, 413),
     (b"\r\n" * 1_000_000, 400),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nA:" + b" " * 16_000 + b"x\r\n\r\n", 200),
-    (b"GET /products/?" + b"a=1&" * 2000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 422),
-    (
-        b"GET /products/?%b HTTP/1.1\r\nHost: x\r\n\r\n"
-        % b"&".join(b"a%d=1" % number for number in range(2000)),
-        422,
-    ),
+    (get(b"/", fields=b"Host: x\r\nA:" + b" " * 16_000 + b"x"), 200),
+    (get(b"/products/?" + b"a=1&" * 2000), 422),
+    (get(b"/products/?" + b"&".join(b"a%d=1" % number for number in range(2000))), 422),
     (post_of(UNKNOWN_FIELDS), 422),
     (post_of(b'{"products":[' + LINES[:-1] + b"]}").replace(b"products/", b"orders/"), 422),
     (post_of(b'{"name":"' + b"x" * 131_000 + b'","price":1}'), 422),
@@ -4184,10 +4180,9 @@ def test_a_flood_is_rejected_at_little_cost(server):
     for flood, status in FLOODS:
         before = cpu_seconds(server)
         for _ in range(3):
-            responses = server.send(closing(flood))
-            assert [response.status for response in responses] == [status], flood[:200]
-            if status == 422:
-                assert len(responses[0].json["errors"]) <= 300
+            [response] = server.send(closing(flood))
+            assert response.status == status, flood[:200]
+            assert status != 422 or len(response.json["errors"]) <= 300
         assert cpu_seconds(server) - before < 3 * 0.15, flood[:200]
 
 
@@ -4251,7 +4246,7 @@ def test_eight_attackers_do_not_hold_up_the_others(server):
 
 def test_reads_of_a_large_catalogue_do_not_hold_up_the_others(server, database):
     fill(database, 20_000, 100)
-    searches = [b"GET /products/?q=z%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(3)]
+    searches = [get(b"/products/?q=z%d" % number) for number in range(3)]
     with attackers(server, [GET_PRODUCTS, *searches]):
         for price in range(50):  # each change makes the next read a new one
             server("POST", "/products/", {"name": "x", "price": price})
@@ -4336,15 +4331,14 @@ def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, 
     fill(database, 20_000, 100)
     connections = [server.connect() for _ in range(8)]
     for number, connection in enumerate(connections):
-        path = b"/products/?after=%d" % number
-        connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        connection.sendall(get(b"/products/?after=%d" % number))
     assert server("GET", "/healthz").status == 200  # by now all the others have been read
     server.process.terminate()
     for number, connection in enumerate(connections):
         with connection:
             head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200 ")
-            assert len(json.loads(body)["products"]) == 20_000 - number
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert len(json.loads(body)["products"]) == 20_000 - number
     assert server.process.wait(5) == 0
 
 
@@ -4450,13 +4444,13 @@ def test_reads_in_the_batch_of_a_failed_commit_show_the_state_before_it(server):
     created, _ = fill_disk(server)
     set_file_size(server, 1)
     write = post_of(json.dumps({"name": "x", "description": "y" * 10_000, "price": 1}).encode())
-    get_missing = b"GET /products/%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % (created + 1)
+    get_missing = get(b"/products/%d/" % (created + 1))
     for _ in range(10):
         with server.connect() as writer, server.connect() as reader:
             writer.sendall(closing(write))
             reader.sendall(GET_PRODUCTS + closing(get_missing))
             listed, missing = read_responses(reader)
-            assert [response.status for response in read_responses(writer)] == [503]
+            assert statuses_of(read_responses(writer)) == [503]
             assert len(listed.json["products"]) == created
             assert missing.status == 404
     assert len(server("GET", "/products/").json["products"]) == created
@@ -5268,20 +5262,6 @@ def test_a_read_only_shop_shows_an_order_whose_flush_was_slow(start_server, sync
         assert copy("GET", "/products/1/").json["stock"] == 9 - sold
 
 
-def test_a_read_only_shop_caches_nothing_while_there_is_a_wal(make_shop, shop, database):
-    shop.product()
-    wal = database.with_name("db.sqlite3-wal")
-    store = make_shop(read_only=True).app.app.store
-    for file in database, wal:
-        os.utime(file, (1, 1))  # long ago, so that only the WAL can speak against it
-    assert store.data_version() is None
-    shop.app.app.close()
-    assert not wal.exists()
-    os.utime(database, (1, 1))
-    assert store.data_version() is not None
-    assert store.data_version() == store.data_version()
-
-
 # --- a WAL that grows
 
 
@@ -5632,10 +5612,10 @@ def test_five_hundred_orders_that_expire_at_once_do_not_hold_up_the_others(start
 
 
 def test_the_command_expire_cancels_what_is_due_and_says_how_many(command, database, monkeypatch):
-    monkeypatch.setenv("ORDER_TIMEOUT", "1.5")
     place_orders(database, 25)
     backdate(database, 2, "id < 24")
-    for number in 23, 0:
+    for minutes, number in ("99999999", 0), ("1.5", 23), ("1.5", 0):
+        monkeypatch.setenv("ORDER_TIMEOUT", minutes)
         assert command("expire") == (0, f"{number} orders cancelled\n", "")
     assert statuses_in(database) == ["cancelled"] * 23 + ["pending"] * 2
     assert db.check_integrity(database) == []
@@ -5672,13 +5652,6 @@ def test_a_timeout_is_a_number_of_minutes(command, monkeypatch, value, arguments
     monkeypatch.setenv("ORDER_TIMEOUT", value)
     reason = f"ORDER_TIMEOUT must be a number of minutes above 0, not '{value}'."
     assert command(*arguments) == (status, "", f"shop: {reason}\n")
-
-
-def test_a_timeout_of_centuries_cancels_nothing(command, database, monkeypatch):
-    monkeypatch.setenv("ORDER_TIMEOUT", "99999999")
-    place_orders(database, 1)
-    assert command("expire") == (0, "0 orders cancelled\n", "")
-    assert statuses_in(database) == ["pending"]
 
 
 def test_a_fault_in_the_expiry_does_not_end_the_process(start_server):
