@@ -1842,6 +1842,7 @@ TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = rb"%b+ %b HTTP/1\.[01]" % (TOKEN, TARGET)
 FIELD = rb"\r\n%b+:[^\x00-\x08\x0a-\x1f\x7f]*" % TOKEN
 HEAD = re.compile(rb"(%b)((?:%b)*(?:\r\n){1,2})" % (REQUEST_LINE, FIELD))
+BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 # A start that is not a method, a bare CR or LF: waitress would skip it or wait for more.
 MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
@@ -1894,9 +1895,8 @@ class Request(waitress.parser.HTTPRequestParser):
         # waitress rejects a target with bytes above 0x7f, which curl sends, and takes quadratic
         # time for blanks before a value.
         line = quote(line, safe=string.printable).encode()
-        fields = re.sub(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN, rb"\1", fields)
         try:
-            super().parse_header(line + fields)
+            super().parse_header(line + BLANKS.sub(rb"\1", fields))
         except (ValueError, TransferEncodingNotImplemented) as error:
             raise ParsingError("The target, a length or a transfer coding is invalid.") from error
         host = self.headers.get("HOST", "" if self.version == "1.0" else None)
