@@ -2216,8 +2216,8 @@ class Loop:
                 return True
         is_late = time.monotonic() > self.stopped_at + DRAIN_TIMEOUT
         for channel in self.channels():
-            is_busy = channel.requests or channel.request or channel.total_outbufs_len
-            if is_late or not (is_busy or channel.is_lingering):
+            has_work = channel.requests or channel.request or channel.total_outbufs_len
+            if is_late or not (has_work or channel.is_lingering):
                 channel.handle_close()
         return bool(self.channels())
 
