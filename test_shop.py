@@ -674,6 +674,7 @@ def walk_pages(shop, path, name):
     while path:
         page = shop("GET", path, status=200)
         assert page.json[name] or not items
+        assert not any(item in items for item in page.json[name])  # or the walk would never end
         items += page.json[name]
         path = page.json["next"]
         assert page.headers.get("Link") == (f'<{path}>; rel="next"' if path else None)
