@@ -3856,6 +3856,19 @@ ACCEPTED_ROWS = {
 }
 
 
+def test_a_migration_to_schema_7_rewrites_no_order(database):
+    make_old(database, SCHEMA_6)
+    with connect(database) as connection:
+        order = "INSERT INTO orders VALUES (?, 'pending', 999, '2026-11-24T18:26:25Z', 'cart')"
+        connection.executemany(order, ([n] for n in range(3, 20_000)))
+        line = "INSERT INTO order_line VALUES (?, 1, 0, 'Café', 999, 1, NULL, NULL)"
+        connection.executemany(line, ([n] for n in range(3, 20_000)))
+    store = db.Store(database)
+    assert store._wal.stat().st_size < database.stat().st_size / 10
+    assert store.get_order(19_999)["lines"][0]["sku"] == ""
+    store.close()
+
+
 @pytest.mark.parametrize("schema", ["", SCHEMA_1, SCHEMA_6], ids=["new", "1", "6"])
 def test_the_tables_of_an_old_file_are_those_of_a_new_one_and_reject_bad_rows(tmp_path, schema):
     make_old(tmp_path / "old", schema)
@@ -5261,6 +5274,20 @@ def test_a_read_only_shop_shows_an_order_whose_flush_was_slow(start_server, sync
                 copy("GET", "/products/1/")
             assert order.result().status == 201
         assert copy("GET", "/products/1/").json["stock"] == 9 - sold
+
+
+def test_a_read_only_shop_caches_nothing_while_there_is_a_wal(make_shop, shop, database):
+    shop.product()
+    wal = database.with_name("db.sqlite3-wal")
+    store = make_shop(read_only=True).app.app.store
+    for file in database, wal:
+        os.utime(file, (1, 1))  # long ago, so that only the WAL can speak against it
+    assert store.data_version() is None
+    shop.app.app.close()
+    assert not wal.exists()
+    os.utime(database, (1, 1))
+    assert store.data_version() is not None
+    assert store.data_version() == store.data_version()
 
 
 # --- a WAL that grows
