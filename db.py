@@ -323,9 +323,10 @@ class Database:
         writer.execute("PRAGMA checkpoint_fullfsync = ON")
         writer.execute("PRAGMA foreign_keys = ON")
         writer.execute("PRAGMA journal_size_limit = 67108864")  # a large WAL shrinks again
-        # 16 MiB of WAL, not 4, so that a page that many orders change is written back once.
-        writer.execute("PRAGMA wal_autocheckpoint = 4000")
-        if not self._checkpoints:
+        if self._checkpoints:
+            # 16 MiB of WAL, not 4, so that a page that many orders change is written back once.
+            writer.execute("PRAGMA wal_autocheckpoint = 4000")
+        else:
             writer.execute("PRAGMA wal_autocheckpoint = 0")
 
     def _prepare_schema(self, writer: sqlite3.Connection) -> None:
