@@ -1841,11 +1841,10 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]
 TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = rb"%b+ %b HTTP/1\.[01]" % (TOKEN, TARGET)
 FIELD = rb"\r\n%b+:[^\x00-\x08\x0a-\x1f\x7f]*" % TOKEN
-HEAD = re.compile(rb"(%b)((?:%b)*(?:\r\n){1,2})" % (REQUEST_LINE, FIELD))
+HEAD = re.compile(rb"(?:%b(?:%b)*)?\r\n\r\n" % (REQUEST_LINE, FIELD))  # or an empty line
+BEGINNING = re.compile(rb"(?:%b(?:[^\r\n]|\r\n)*+)?\r?" % TOKEN)  # of a head that is not complete
 BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
-# A start that is not a method, a bare CR or LF: waitress would skip it or wait for more.
-MALFORMED = re.compile(rb"\A(?:\r\n)*(?!%b|\r|\Z)|(?<!\r)\n|\r[^\n]" % TOKEN)
 
 
 def header_value(head: bytes, name: bytes) -> str | None:
@@ -1877,9 +1876,11 @@ class Request(waitress.parser.HTTPRequestParser):
         if not self.headers_finished:
             text = self.header_plus + data
             head, end, _ = text.partition(b"\r\n\r\n")
-            self.raw = head.lstrip(b"\r\n") + end
-            if MALFORMED.search(head) or text.startswith(b"\r\n" * 9):
-                self.error = BadRequest("Begin with a method, and end each line with CRLF.")
+            self.raw = head.removeprefix(b"\r\n") + end
+            valid = HEAD if end else BEGINNING
+            if not valid.fullmatch(self.raw) or text.startswith(b"\r\n" * 9):
+                hint = "then headers such as Name: value; end each line with CRLF"
+                self.error = BadRequest(f"Send METHOD /path HTTP/1.1, {hint}.")
                 self.completed = True
                 return len(data)
         consumed = super().received(data)
@@ -1888,15 +1889,13 @@ class Request(waitress.parser.HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus):
-        head = HEAD.fullmatch(header_plus)
-        if not head:
-            raise ParsingError("Send METHOD /path HTTP/1.1, then headers such as Name: value.")
-        line, fields = head.groups()
         # waitress rejects a target with bytes above 0x7f, which curl sends, and takes quadratic
         # time for blanks before a value.
-        line = quote(line, safe=string.printable).encode()
+        end = header_plus.index(b"\r\n")
+        line = quote(header_plus[:end], safe=string.printable).encode()
+        fields = BLANKS.sub(rb"\1", header_plus[end:])
         try:
-            super().parse_header(line + BLANKS.sub(rb"\1", fields))
+            super().parse_header(line + fields)
         except (ValueError, TransferEncodingNotImplemented) as error:
             raise ParsingError("The target, a length or a transfer coding is invalid.") from error
         host = self.headers.get("HOST", "" if self.version == "1.0" else None)
