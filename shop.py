@@ -1842,7 +1842,7 @@ TARGET = rb"(?:/|(?i:https?)://" + HOST + rb"(?=[/? ]))[^\x00-\x20\x7f#]*"
 REQUEST_LINE = rb"%b+ %b HTTP/1\.[01]" % (TOKEN, TARGET)
 FIELD = rb"\r\n%b+:[^\x00-\x08\x0a-\x1f\x7f]*" % TOKEN
 HEAD = re.compile(rb"(?:%b(?:%b)*)?\r\n\r\n" % (REQUEST_LINE, FIELD))  # or an empty line
-BEGINNING = re.compile(rb"(?:%b(?:[^\r\n]|\r\n)*+)?\r?" % TOKEN)  # of a head that is not complete
+BEGINNING = re.compile(rb"(?:%b(?:[^\r\n]++|\r\n)*+)?\r?" % TOKEN)  # of an incomplete head
 BLANKS = re.compile(rb"(\r\n%b+:)[ \t]{2,}" % TOKEN)
 VALID_HOST = re.compile(f"(?:{HOST.decode()})?", re.ASCII)
 
