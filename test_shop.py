@@ -5000,28 +5000,15 @@ def test_no_order_is_accepted_for_a_database_that_was_deleted_or_replaced(
         (tmp_path / "older").replace(database)
     else:
         database.unlink()
-    responses = []
-
-    def is_refused():
-        responses.append(server.order())
-        return responses[-1].status != 201
-
-    wait_for(is_refused, 3)
-    health = server("GET", "/healthz")
-    for response in responses[-1], health:
-        assert (response.status, response.headers["Retry-After"]) == (503, "1")
-        assert "database file has been deleted or replaced" in response.json["detail"]
     for _ in range(3):
-        assert server.order().status == 503
+        for refused in server.order(), server("GET", "/healthz"):
+            assert_unavailable(refused, "The database file has been deleted or replaced.")
     # This one has a thread and a connection of its own. Opened only now, and by the path, that
     # connection would put the WAL of the old file into the new one.
     assert server("GET", "/products/?q=x").status in (200, 503)
     assert server.end()[0] == 0
-    [line] = server.stderr().splitlines()
-    assert "deleted or replaced" in line
+    assert server.stderr() == f"{database} has been deleted or replaced: restart the shop.\n"
     server.start()
-    accepted = [response.json["id"] for response in responses[:-1]]
-    assert set(accepted) <= set(order_ids(server)), "An order was accepted and is gone."
     if is_replaced:
         assert orders_and_stock(server) == ([], 1000)
     assert server.run("check").stdout == "db.sqlite3: sound\n"
