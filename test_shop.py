@@ -5509,20 +5509,17 @@ def test_a_product_from_before_the_ledger_starts_with_its_opening_balance(make_s
 def backdate(database, minutes, condition="TRUE"):
     """Make orders so many minutes older, past the shop."""
     with connect(database) as connection:
-        connection.execute("PRAGMA busy_timeout = 5000")
         sql = f"UPDATE orders SET created_at = ? WHERE {condition}"
-        connection.execute(sql, (db.timestamp(minutes * 60),))
+        connection.execute(sql, [db.timestamp(minutes * 60)])
 
 
 def place_orders(database, number, lines=1):
     """Products 1 to `lines` with 10,000 pieces each, and orders of one piece of each."""
-    store = db.Store(database)
-    with store.transaction():
+    with contextlib.closing(db.Store(database)) as store, store.transaction():
         for _ in range(lines):
             store.create_product(name="x", price=100, stock=10_000)
         for _ in range(number):
             store.create_order([{"product_id": n + 1, "quantity": 1} for n in range(lines)])
-    store.close()
 
 
 def statuses_in(database):
@@ -5542,8 +5539,6 @@ def test_the_shop_cancels_orders_that_nobody_has_paid_in_time(start_server, data
     assert server("GET", "/products/1/").json["stock"] == 9997
     [last] = server("GET", "/products/1/stock/?sort=-id&limit=1").json["movements"]
     assert (last["id"], last["change"], last["stock"], last["order_id"]) == (6, 1, 9997, 1)
-    refused = server("PATCH", "/orders/1/", {"status": "completed"})
-    assert refused.json["type"] == "urn:problem-type:invalid-transition"
     backdate(database, 61, "id = 3")  # while the shop runs
     wait_for(lambda: server("GET", "/orders/3/").json["status"] == "cancelled")
     assert db.check_integrity(database) == []
@@ -5619,9 +5614,7 @@ def test_a_read_only_shop_expires_no_order(start_server, database):
     server = start_server(ORDER_TIMEOUT="1", READ_ONLY="true")
     for _ in range(20):  # each turn of the loop would cancel it
         assert server("GET", "/orders/1/").json["status"] == "pending"
-    result = server.run("expire")
-    assert result.returncode == 1
-    assert re.fullmatch(r"shop: [^\n]*read-only[^\n]*\n", result.stderr)
+    assert "read-only" in server.fail("expire")
     assert statuses_in(database) == ["pending"]
 
 
