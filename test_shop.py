@@ -6128,13 +6128,6 @@ def test_two_rows_for_one_product_or_one_new_sku_are_refused(shop, import_csv, a
     assert [product["sku"] for product in products_of(shop)] == ["", "A", "B"]
 
 
-def test_an_import_into_a_new_file_that_is_locked_is_one_line(database, import_csv, monkeypatch):
-    monkeypatch.setattr(shop_module, "COMMAND_LOCK_TIMEOUT", 0.1)
-    with contextlib.closing(lock(database)):
-        assert import_csv("name,price\nTea,1\n") == (1, "", "shop: The database is busy.\n")
-    assert import_csv("name,price\nTea,1\n") == imported(1, 0)
-
-
 FULL = {"metadata": {f"n{n}": "x" for n in range(50)}}
 
 
@@ -6164,12 +6157,18 @@ def test_what_changes_after_the_rows_were_checked_is_one_line(
     assert re.fullmatch(rf"shop: in\.csv: {message}[^\n]* Nothing has been imported\.\n", errors)
 
 
-def test_an_import_waits_for_the_lock_at_most_ten_seconds(shop, import_csv, database):
+def test_an_import_waits_for_the_lock_at_most_ten_seconds(import_csv, database, monkeypatch):
+    text = "name,price\nTea,1\n"
+    busy = (1, "", "shop: The database is busy.\n")
+    with contextlib.closing(lock(database)), monkeypatch.context() as patch:  # a new file
+        patch.setattr(shop_module, "COMMAND_LOCK_TIMEOUT", 0.1)
+        assert import_csv(text) == busy
+    assert import_csv(text) == imported(1, 0)
     with contextlib.closing(lock(database)):
         started = time.monotonic()
-        assert import_csv("name,price\nTea,1\n") == (1, "", "shop: The database is busy.\n")
+        assert import_csv(text) == busy
         assert 5 < time.monotonic() - started < 11
-    assert products_of(shop) == []
+    assert import_csv(text) == imported(1, 0)
 
 
 def test_the_sample_catalogue_of_the_readme_can_be_pasted_and_sells(tmp_path):
