@@ -6361,14 +6361,11 @@ class Player:
         headers = headers or {}
         if method == "POST" and self.dice.random() < 0.3:
             headers = headers | {"Idempotency-Key": f"{self.number}-{self.sent}"}
-        response = self.client(method, path, body, headers)
-        assert response.status_int == due, (method, path, body, headers, response)
+        response = self.client(method, path, body, headers, due)
         if "Idempotency-Key" in headers and due < 300 and self.dice.random() < 0.5:
             again = self.client(method, path, body, headers)
             assert again.body == response.body
             assert again.headers["Idempotent-Replayed"] == "true"
-            other = self.client(method, path, {**body, "x": 1}, headers)
-            assert other.status_int == 422
         return response
 
     def any_product(self):
@@ -6383,94 +6380,78 @@ class Player:
     def stock(self, product_id):
         return sum(self.products[product_id].changes)
 
-    def move(self, product_id, change):
-        """Change a stock in the model, if that is possible; returns the status that is due."""
-        if not 0 <= self.stock(product_id) + change <= db.MAX_STOCK:
-            return 409 if change < 0 else 422
-        self.products[product_id].changes += [change] if change else []
-        return 200
-
     def has_sku(self, sku, product_id=None):
         """Whether a product other than this one has the sku."""
         others = (product for other, product in self.products.items() if other != product_id)
         return any(sku == product.sku != "" for product in others)
 
-    def change(self, product_id, body):
-        """Change stock, sku and metadata in the model; returns the status that is due."""
-        if self.has_sku(body["sku"], product_id):
+    # What the model makes of a write to one of its products: the status that is due.
+
+    def change(self, product_id, stock, sku, metadata, **others):
+        if self.has_sku(sku, product_id):
             return 409
         product = self.products[product_id]
-        product.sku = body["sku"]
-        product.metadata = merged(product.metadata, body["metadata"])
-        return self.move(product_id, body["stock"] - self.stock(product_id))
+        product.sku = sku
+        product.metadata = merged(product.metadata, metadata)
+        return self.move(product_id, stock - self.stock(product_id))
+
+    def move(self, product_id, change, note=""):
+        if not 0 <= self.stock(product_id) + change <= db.MAX_STOCK:
+            return 409 if change < 0 else 422
+        self.products[product_id].changes += [change] if change else []
+        return 200
+
+    def delete(self, product_id):
+        del self.products[product_id]
+        self.deleted.add(product_id)
+        return 204
+
+    def write_product(self, act, method, path, body=None):
+        """Send a write to a product, maybe under a condition, that does `act` in the model."""
+        product_id = self.any_product()
+        headers = {"If-Match": '"stale"'} if self.dice.random() < 0.25 else {}
+        if product_id not in self.products:
+            due = 404
+        elif headers:
+            due = 412
+        else:
+            due = act(product_id, **(body or {}))
+            if self.dice.random() < 0.3:
+                headers["If-Match"] = etag_of(self.client, f"/products/{product_id}/")
+        self.send(method, path.format(product_id), body, due, headers)
 
     def create_product(self):
-        stock = self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])
-        body = {"name": "x", "price": 0.1, "stock": stock}
-        body |= {"sku": self.any_sku(), "metadata": self.any_metadata("", "1")}
-        if self.sent and self.dice.random() < 0.3:
-            self.send("POST", "/products/", {**body, "name": ""}, 422)
-            return
+        body = {"name": "x", "price": 0.1, "sku": self.any_sku()}
+        body |= {"stock": self.dice.choice([0, 30, 30, db.MAX_STOCK - 5])}
+        body |= {"metadata": self.any_metadata("", "1")}
         due = 409 if self.has_sku(body["sku"]) else 201
         response = self.send("POST", "/products/", body, due)
         if due == 201:
             product_id = response.json["id"]
             self.products[product_id] = SimpleNamespace(changes=[], sku="", metadata={})
-            self.change(product_id, body)
-
-    def write_product(self, method, path, body, act):
-        """A write to a product, maybe under a condition; act() is what the model makes of it."""
-        product_id = self.any_product()
-        headers = {}
-        due = None
-        match self.dice.randrange(4):
-            case 0 if product_id in self.products:
-                headers["If-Match"] = etag_of(self.client, f"/products/{product_id}/")
-            case 1:
-                headers["If-Match"] = '"stale"'
-                due = 412
-        if product_id not in self.products:
-            due = 404
-        due = due or act(product_id, body)
-        self.send(method, path.format(product_id), body, due, headers)
+            self.change(product_id, **body)
 
     def update_product(self):
-        body = {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
-        body |= {"sku": self.any_sku(), "metadata": self.any_metadata(None, "", "1")}
-        body["price"] = self.dice.randrange(100)
-        self.write_product("PATCH", "/products/{}/", body, self.change)
-        self.send("PATCH", f"/products/{self.any_product()}/", {"stock": -1}, 422)
+        body = {"price": self.dice.randrange(100), "sku": self.any_sku()}
+        body |= {"stock": self.dice.choice([0, 20, 20, db.MAX_STOCK])}
+        body |= {"metadata": self.any_metadata(None, "", "1")}
+        self.write_product(self.change, "PATCH", "/products/{}/", body)
 
     def update_stock(self):
         body = {"change": self.dice.choice([-(10**8), -9, -1, 0, 4, 12]), "note": "counted"}
-
-        def act(product_id, body):
-            return self.move(product_id, body["change"])
-
-        self.write_product("POST", "/products/{}/stock/", body, act)
+        self.write_product(self.move, "POST", "/products/{}/stock/", body)
 
     def delete_product(self):
-        def act(product_id, body):
-            del self.products[product_id]
-            self.deleted.add(product_id)
-            return 204
-
         if self.dice.random() < 0.2:
-            self.write_product("DELETE", "/products/{}/", None, act)
+            self.write_product(self.delete, "DELETE", "/products/{}/")
         if not self.products:
             self.create_product()
 
     def create_order(self):
-        lines = {
-            self.any_product(): self.dice.randint(1, 6) for _ in range(self.dice.randint(1, 4))
-        }
-        body = order_of(*lines.items()) | {"reference": str(self.number)}
-        body["metadata"] = self.any_metadata("", "1")
+        lines = {self.any_product(): self.dice.randint(1, 6) for _ in range(3)}
+        body = order_of(*lines.items()) | {"metadata": self.any_metadata("", "1")}
         due = 201
-        if self.dice.random() < 0.1:
-            body["products"][0]["quantity"] = 0
-            due = 422
-        elif not lines.keys() <= self.products.keys():
+        if not lines.keys() <= self.products.keys():
             due = 422
         elif any(self.stock(product_id) < quantity for product_id, quantity in lines.items()):
             due = 409
@@ -6485,24 +6466,19 @@ class Player:
     def update_order(self):
         if not self.orders:
             return
-        order_id = self.dice.choice([*self.orders][-5:])
-        order = self.orders[order_id]
-        path = f"/orders/{order_id}/"
-        if self.dice.random() < 0.2:
-            self.send("PATCH", path, {"status": "cancelled"}, 412, {"If-Match": '"stale"'})
+        order_id, order = self.dice.choice([*self.orders.items()][-5:])
         status = self.dice.choice(["completed", "cancelled", "cancelled"])
         body = {"status": status, "metadata": self.any_metadata(None, "", "1")}
-        if (order.status, status) == ("cancelled", "completed"):
-            self.send("PATCH", path, body, 409)
-        else:
-            self.send("PATCH", path, body, 200)
-            if order.status != status == "cancelled":
-                for product_id in order.lines.keys() & self.products.keys():
-                    room = db.MAX_STOCK - self.stock(product_id)
-                    self.move(product_id, min(order.lines[product_id][0], room))
-            order.status = status
-            order.metadata = merged(order.metadata, body["metadata"])
-        self.send("PATCH", path, {"status": "pending"}, 422)
+        is_refused = (order.status, status) == ("cancelled", "completed")
+        self.send("PATCH", f"/orders/{order_id}/", body, 409 if is_refused else 200)
+        if is_refused:
+            return
+        if order.status != status == "cancelled":
+            for product_id in order.lines.keys() & self.products.keys():
+                room = db.MAX_STOCK - self.stock(product_id)
+                self.move(product_id, min(order.lines[product_id][0], room))
+        order.status = status
+        order.metadata = merged(order.metadata, body["metadata"])
 
     def play(self, turns):
         moves = [self.create_product, self.update_product, self.update_stock, self.delete_product]
@@ -6517,23 +6493,21 @@ def merged(metadata, patch):
 
 def test_the_shop_does_what_a_model_of_it_does_through_thousands_of_writes(shop, database):
     players = [Player(shop.app.app, number) for number in range(6)]
-    at_once(6, lambda n: players[n].play(350))
+    at_once(6, lambda n: players[n].play(500))
     assert sum(player.sent for player in players) > 2000
     products, orders = {}, {}
     for player in players:
         products |= player.products
         orders |= player.orders
         for product_id in player.deleted:
-            assert shop("GET", f"/products/{product_id}/stock/").status_int == 404
+            shop("GET", f"/products/{product_id}/stock/", status=404)
     for product in products_of(shop):
         due = products.pop(product["id"])
-        assert (product["stock"], product["sku"]) == (sum(due.changes), due.sku)
-        assert product["metadata"] == due.metadata
+        assert (product["sku"], product["metadata"]) == (due.sku, due.metadata)
         assert [change for change, *_ in steps_of(shop, product["id"])] == due.changes
     for order in walk_pages(shop, "/orders/?limit=1000", "orders"):
         due = orders.pop(order["id"])
         lines = {line["product_id"]: (line["quantity"], line["sku"]) for line in order["products"]}
-        assert (order["status"], order["metadata"]) == (due.status, due.metadata)
-        assert lines == due.lines
+        assert (order["status"], order["metadata"], lines) == (due.status, due.metadata, due.lines)
     assert (products, orders) == ({}, {})
     assert db.check_integrity(database) == []
