@@ -4605,6 +4605,7 @@ def test_an_order_answered_503_does_not_come_true_after_a_crash(sync_server, syn
     assert sync_server.run("check").stdout == "db.sqlite3: sound\n"
 
 
+# Orders whose first line is for three pieces fail.
 FAULTY_ORDERS = """
 take_stock = db.Store._take_stock
 def faulty(connection, products):
@@ -4616,34 +4617,30 @@ db.Store._take_stock = staticmethod(faulty)
 """
 
 
-@pytest.fixture
-def faulty_server(start_server):
-    """A server in which orders of three pieces fail, and a product."""
+def test_a_fault_in_a_batch_costs_no_other_request_its_order(start_server, database):
     server = start_server(FAULTY_ORDERS, ends_silently=False)
     server.product(stock=9)
-    return server
-
-
-def test_a_fault_in_a_batch_costs_no_other_request_its_order(faulty_server, database):
-    assert faulty_server.order(quantity=3).status == 500
-    responses = serve_as_batch(faulty_server, database, [2, 2, 3, 2, 2])
+    assert server.order(quantity=3).status == 500
+    responses = serve_as_batch(server, database, [2, 2, 3, 2, 2])
     assert statuses_of(responses) == [201, 201, 500, 201, 201]
     placed = [responses[n].json["id"] for n in (0, 1, 3, 4)]
-    assert orders_and_stock(faulty_server) == (placed, 1)
+    assert orders_and_stock(server) == (placed, 1)
     # That of one order is logged once, that of a batch for the batch and for its order alone.
-    assert faulty_server.stderr().count("RuntimeError: planted") == 1 + 2
-    assert "During handling" not in faulty_server.stderr()
-    assert faulty_server("GET", "/healthz").status == 200
+    assert server.stderr().count("RuntimeError: planted") == 1 + 2
+    assert "During handling" not in server.stderr()
+    assert server("GET", "/healthz").status == 200
     assert db.check_integrity(database) == []
 
 
-def test_a_fault_in_a_batch_breaks_no_connection_and_no_long_read(faulty_server, database):
+def test_a_fault_in_a_batch_breaks_no_connection_and_no_long_read(start_server, database):
+    server = start_server(FAULTY_ORDERS, ends_silently=False)
+    server.product(stock=9)
     expecting = order_request(1).replace(b"Host: x", b"Host: x\r\nExpect: 100-continue", 1)
     head, body = expecting.split(b"{", 1)
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(faulty_server.connect()) for _ in range(4)]
+        connections = [stack.enter_context(server.connect()) for _ in range(4)]
         pipelined, waiting, faulty, reader = connections
-        with in_one_batch(faulty_server, database):
+        with in_one_batch(server, database):
             pipelined.sendall(order_request(2) + closing(GET_HEALTH))
             waiting.sendall(order_request(2) + head)
             faulty.sendall(closing(order_request(3)))
@@ -4652,7 +4649,7 @@ def test_a_fault_in_a_batch_breaks_no_connection_and_no_long_read(faulty_server,
         assert statuses == [[201, 200], [201, 100], [500], [200, 200]]
         waiting.sendall(b"{" + body)
         assert statuses_of(read_responses(waiting)) == [201]
-    assert faulty_server("GET", "/products/1/").json["stock"] == 4
+    assert server("GET", "/products/1/").json["stock"] == 4
 
 
 @pytest.fixture
