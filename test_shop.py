@@ -4949,20 +4949,21 @@ def test_neither_a_trial_nor_an_export_uses_another_file(tmp_path, clock):
 def test_a_full_wal_makes_room_by_itself_for_the_next_order(shop, database):
     shop.product(stock=1000)
     wal = database.with_name("db.sqlite3-wal")
-    responses = []
+    accepted = []
+    failures = 0
     # The file of the shop is far below the limit: only its WAL, which one commit after the other
     # makes longer, comes to it.
     with full_disk(900_000):
         for _ in range(300):
-            responses.append(shop.order((1, 1)))
-            statuses = [response.status_int for response in responses]
-            if statuses[-2:] == [503, 201]:
+            order = shop.order((1, 1))
+            if order.status_int == 503:
+                failures += 1
+                order = shop.order((1, 1), status=201)
                 assert shop("GET", "/healthz").json == {"status": "ok"}
                 assert wal.stat().st_size < 90_000
-    assert set(statuses) == {201, 503}
-    assert (503, 503) not in itertools.pairwise(statuses), "There was no room after a full disk."
-    accepted = [response.json["id"] for response in responses if response.status_int == 201]
-    assert orders_and_stock(shop) == (accepted, 1000 - len(accepted))
+            accepted.append(order.json["id"])
+    assert failures
+    assert orders_and_stock(shop) == (accepted, 700)
     assert db.check_integrity(database) == []
 
 
@@ -5010,9 +5011,7 @@ def test_a_symlinked_database_is_checked_and_backed_up_while_it_is_in_use(
     assert target.with_name("real.sqlite3-wal").exists()
     assert not database.with_name("db.sqlite3-wal").exists()
     assert server.run("check").stdout == "db.sqlite3: sound\n"
-    copied = server.run("backup", "copy")
-    assert (copied.returncode, copied.stderr) == (0, "")
-    assert copied.stdout.startswith("copy: 1 products, 1 orders, ")
+    assert server.run("backup", "copy").stdout.startswith("copy: 1 products, 1 orders, ")
     assert server.run("backup", "volume/real.sqlite3", "--overwrite").returncode == 1
     copy = start_server(READ_ONLY="true")
     for _ in range(3):
@@ -5328,20 +5327,17 @@ def test_a_backup_removes_the_partial_copies_of_processes_that_are_gone(shop, da
 
 
 def test_a_backup_that_would_keep_a_wal_fails_and_leaves_nothing(shop, mug, database, tmp_path):
-    readers = []
+    cursors = []
 
     def read(remaining, total):
         # Somebody who reads the copy keeps SQLite from folding its WAL into it.
         [partial] = tmp_path.glob(f"copy.partial-{os.getpid()}")
-        reader = sqlite3.connect(partial, isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM product").fetchall()
-        readers.append(reader)
+        cursors.append(sqlite3.connect(partial).execute("SELECT * FROM product"))
 
     with pytest.raises(db.DatabaseError, match="copy cannot be written"):
         db.backup(database, tmp_path / "copy", progress=read)
-    for reader in readers:
-        reader.close()
+    for cursor in cursors:
+        cursor.connection.close()
     assert list(tmp_path.glob("copy*")) == []
 
 
@@ -5377,8 +5373,7 @@ def test_every_change_of_a_stock_is_a_movement_that_says_what_was_left(shop, mug
     assert steps_of(shop, 2) == [(4, 4, None, ""), (-1, 3, 1, ""), (1, 4, 1, "")]
     first, *_, sale, _, _ = movements_of(shop, 1)
     assert list(first) == ["id", "change", "stock", "order_id", "note", "created_at"]
-    age = time.time() - calendar.timegm(time.strptime(first["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
-    assert -1 < age < 60
+    assert db.timestamp(60) < first["created_at"] <= db.timestamp()
     assert sale["created_at"] == shop("GET", "/orders/1/").json["created_at"]
 
 
@@ -5879,19 +5874,13 @@ def test_every_faulty_line_is_named_by_its_number_and_nothing_is_imported(mug, a
     ]
     unknown = "there is no product with id"
     range_ = f"price must be 0 to {shop_module.PRICE['maximum']}"
-    assert_refused(
-        "\n".join(lines),
-        f"line 7: {unknown} '7'.",
-        "line 9: line 6 also changes product 1.",
-        f"line 10: {range_}: '-1'.",
-        f"line 10: {unknown} 'x'.",
-        f"line 11: {unknown} '1_0'.",
-        f"line 12: {range_}: '-1'.",
-        "line 12: stock must be an integer: 'x'.",
-        "line 13: price is required: ''.",
-        f"line 14: {unknown} '00'.",
-        "line 15: a column without a name has the value 'b'.",
-    )
+    faults = [
+        *(f"7: {unknown} '7'", "9: line 6 also changes product 1", f"10: {range_}: '-1'"),
+        *(f"10: {unknown} 'x'", f"11: {unknown} '1_0'", f"12: {range_}: '-1'"),
+        *("12: stock must be an integer: 'x'", "13: price is required: ''", f"14: {unknown} '00'"),
+        "15: a column without a name has the value 'b'",
+    ]
+    assert_refused("\n".join(lines), *(f"line {fault}." for fault in faults))
 
 
 def test_a_new_row_needs_a_name_and_a_price(mug, assert_refused):
@@ -6291,14 +6280,11 @@ def test_the_export_of_orders_has_a_row_for_each_line_and_exact_sums(sold, comma
 
 
 def test_the_export_of_orders_is_from_the_first_to_the_last_day(sold, command, tmp_path):
-    for options, orders in {
-        "": "11234",
-        "--from 2026-11-01": "234",
-        "--to 2026-11-30": "1123",
-        "--from 2026-11-01 --to=2026-11-30": "23",
-        "--to 2026-12-01 --from 2026-12-01": "4",
-        "--from 2026-12-02": "",
-    }.items():
+    for options, orders in [
+        *(("", "11234"), ("--from 2026-11-01", "234"), ("--to 2026-11-30", "1123")),
+        *(("--from 2026-11-01 --to=2026-11-30", "23"), ("--from 2026-12-02", "")),
+        ("--to 2026-12-01 --from 2026-12-01", "4"),
+    ]:
         rows = exported_orders(command, tmp_path, options)
         assert "".join(row["order_id"] for row in rows) == orders, options
 
