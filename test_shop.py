@@ -4782,19 +4782,14 @@ def test_a_status_that_cannot_follow_changes_nothing_and_an_equal_update_writes_
         assert store._writer.total_changes == changes
 
 
-def test_the_lines_of_orders_are_exported_in_their_order_at_one_moment(store):
-    for n in 1, 2, 3:
-        store.create_product(name=f"x{n}", price=n, stock=500)
-        lines = [{"product_id": product, "quantity": n} for product in range(n, 0, -1)]
-        store.create_order(lines, f"cart-{n}")
+def test_the_lines_of_orders_are_exported_as_of_one_moment(store):
+    place_orders(store.path, 3)
     with contextlib.closing(store.export_order_lines(None, None)) as export:
         rows = [next(export)]
         store.update_order(2, reference="later")
         store.create_order([{"product_id": 1, "quantity": 1}])
         rows += export
-    ids = [(row["order_id"], row["product_id"]) for row in rows]
-    assert ids == [(1, 1), (2, 2), (2, 1), (3, 3), (3, 2), (3, 1)]
-    assert {row["reference"] for row in rows} == {"cart-1", "cart-2", "cart-3"}
+    assert [(row["order_id"], row["reference"]) for row in rows] == [(1, ""), (2, ""), (3, "")]
 
 
 def test_the_rows_of_an_import_take_effect_in_their_order_or_not_at_all(store):
@@ -6245,7 +6240,7 @@ def test_a_hundred_thousand_rows_are_imported_in_little_time_and_memory(tmp_path
 def sold(shop, mug, database):
     """Orders of four days, the first of which has been changed since."""
     shop.product(name='Tea; "green"', price=0.1, stock=500, sku="T-1")
-    shop.order((1, 2), (2, 3))
+    shop.order((2, 3), (1, 2))
     for day in range(3):
         shop("POST", "/orders/", referring(f"cart-{day}", (2, 100 + day)))
     shop("PATCH", "/orders/1/", {"status": "completed"})
@@ -6268,8 +6263,8 @@ def test_the_export_of_orders_has_a_row_for_each_line_and_exact_sums(sold, comma
     header = "order_id created_at status reference product_id sku name price quantity amount"
     assert list(rows[0]) == header.split()
     assert [";".join(row.values()) for row in rows[:3]] == [
-        "1;2026-10-31T23:59:59Z;completed;;1;;Mug;9.99;2;19.98",
         '1;2026-10-31T23:59:59Z;completed;;2;T-1;Tea; "green";0.10;3;0.30',
+        "1;2026-10-31T23:59:59Z;completed;;1;;Mug;9.99;2;19.98",
         '2;2026-11-01T00:00:00Z;pending;cart-0;2;T-1;Tea; "green";0.10;100;10.00',
     ]
     for order in sold("GET", "/orders/").json["orders"]:
