@@ -4864,23 +4864,6 @@ def clock(monkeypatch):
     return seconds
 
 
-@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
-def test_a_failed_write_leaves_nothing_and_health_is_503_until_there_is_room_again(
-    shop, mug, clock, key
-):
-    with full_disk():
-        failed = shop.order((1, 1), **key, status=503)
-        assert failed.json["detail"] == "The disk cannot be read or written."
-        for _ in range(3):
-            assert shop("GET", "/healthz", status=503).headers["Retry-After"] == "1"
-            clock[0] += 1
-    assert shop("GET", "/healthz").json == {"status": "ok"}
-    assert shop("GET", "/products/1/").json == mug
-    placed = shop.order((1, 1), **key)
-    assert placed.json["id"] == 1
-    assert "Idempotent-Replayed" not in placed.headers
-
-
 def fail_to_write(store):
     with full_disk(), pytest.raises(db.DatabaseUnavailable):
         store.create_product(name="x", price=1)
