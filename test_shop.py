@@ -5957,17 +5957,13 @@ def item(name, price, stock=0, description="", sku="", **entries):
 SPREADSHEETS = {
     "german": (
         "\ufeffsku;name;description;price;stock\r\n"
-        'KAF-01;Kaffeemühle;"Buche; Handkurbel\nwiegt 1,2 kg";48,90;6\r\n'
-        'KAF-02;Löffel;"7 ""cc""";3,5;140\r\n'.encode(),
-        [
-            item("Kaffeemühle", 48.9, 6, "Buche; Handkurbel\nwiegt 1,2 kg", "KAF-01"),
-            item("Löffel", 3.5, 140, '7 "cc"', "KAF-02"),
-        ],
+        'KAF-01;Kaffeemühle;"Buche; ""Handkurbel""\nwiegt 1,2 kg";48,90;6\r\n'.encode(),
+        [item("Kaffeemühle", 48.9, 6, 'Buche; "Handkurbel"\nwiegt 1,2 kg', "KAF-01")],
     ),
     "Unicode text": (
-        "\ufeffname\tprice\tstock\tdescription\r\n"
-        'Moka pot\t27,80\t9\t"Aluminium, 3 cups"\r\nŻółty kubek\t6\t31\t\r\n'.encode("utf-16-le"),
-        [item("Moka pot", 27.8, 9, "Aluminium, 3 cups"), item("Żółty kubek", 6, 31)],
+        '\ufeffname\tprice\tdescription\r\nDzbanek żółty\t27,80\t"3,5 l, ""duży"""\r\n'
+        "Kubek\t6\t\r\n".encode("utf-16-le"),
+        [item("Dzbanek żółty", 27.8, 0, '3,5 l, "duży"'), item("Kubek", 6)],
     ),
     "UTF-16, big end first": ("\ufeffname\tprice\r\nŻ\t6\r\n".encode("utf-16-be"), [item("Ż", 6)]),
     "tabs": (
@@ -5984,19 +5980,12 @@ SPREADSHEETS = {
         [item("Kettle", 39.95, 3), item("Lid", 0.7, 12)]
         + [item(name, price) for name, price in (("a", 0.01), ("b", 9.9), ("c", 1000.5))],
     ),
-    "nameless columns": (
-        b"name;price;;stock;;\r\nPress;24,00;;8;;\r\nTamper;11,2;;15;;\r\n",
-        [item("Press", 24, 8), item("Tamper", 11.2, 15)],
-    ),
+    "nameless columns": (b"name;price;;stock;;\r\nPress;24,00;;8;;\r\n", [item("Press", 24, 8)]),
     "sep= and header": (
-        "sep=;\r\n SKU ; Name ;PRICE;Metadata.colour\r\n"
-        " ES-9 ; Espresso cup ; 8,40 ;weiß\r\n".encode(),
-        [item("Espresso cup", 8.4, sku="ES-9", colour="weiß")],
+        "sep=;\r\n SKU ; Name ;PRICE;Metadata.a-B_1\r\n ES-9 ; Cup ; 8,40 ;weiß\r\n".encode(),
+        [item("Cup", 8.4, 0, "", "ES-9", **{"a-B_1": "weiß"})],
     ),
-    "sep= in quotes": (
-        b'"sep=\t"\r\nname\tprice\tmetadata.a-B_1\r\nx;y,z\t1\tv\r\n',
-        [item("x;y,z", 1, **{"a-B_1": "v"})],
-    ),
+    "sep= in quotes": (b'"sep=\t"\r\nname\tprice\r\nx;y,z\t1\r\n', [item("x;y,z", 1)]),
     "sep= and separators": (b"SEP=,,,\nname,price\na;b;c,2\n", [item("a;b;c", 2)]),
     "short rows, and blanks before quotes": (
         b'name, price, description, stock\nCup,1\nMug, 2, "a, b"\n',
@@ -6022,17 +6011,12 @@ def test_import_reads_what_spreadsheet_programs_save(shop, import_csv, data, pro
 def test_a_sku_finds_its_product_and_an_empty_entry_is_removed(shop, import_csv):
     text = "sku,name,price,stock,metadata.shelf\nB-1,Bowl,5.00,10,A4\nB-2,Plate,7.00,20,\n"
     assert import_csv(text) == imported(2, 0)
-    plate = shop("GET", "/products/2/").headers["ETag"]
-    text = (
-        "sku;name;price;stock;metadata.shelf\n"
-        "B-1;Bowl;5,00;13;\nB-2;Plate;7,0;20;\nB-3;Jug;18,25;2;C1\n"
-    )
-    assert import_csv(text) == imported(1, 1, 1, differing=1)
-    assert shop("GET", "/products/2/").headers["ETag"] == plate
+    text = "sku;name;price;metadata.shelf\nB-1;Bowl;5,00;\nB-2;Plate;7,0;\nB-3;Jug;18,25;C1\n"
+    assert import_csv(text) == imported(1, 1, 1)
     assert [tuple(product.values()) for product in products_of(shop)] == [
-        (1, "Bowl", "", 5, 10, "B-1", {}),
-        (2, "Plate", "", 7, 20, "B-2", {}),
-        (3, "Jug", "", 18.25, 2, "B-3", {"shelf": "C1"}),
+        (1, *item("Bowl", 5, 10, sku="B-1")),
+        (2, *item("Plate", 7, 20, sku="B-2")),
+        (3, *item("Jug", 18.25, sku="B-3", shelf="C1")),
     ]
     assert import_csv("id,sku\n2,\n1,b-1\n") == imported(0, 2)
     assert [product["sku"] for product in products_of(shop)] == ["b-1", "", "B-3"]
