@@ -5193,26 +5193,24 @@ def test_a_read_only_shop_caches_nothing_while_there_is_a_wal(make_shop, shop, d
 LARGE_IMPORT = [{"name": "x", "price": 1, "description": "y" * 10_000}] * 1000
 
 
-def test_only_the_store_that_serves_checkpoints(tmp_path):
-    path = tmp_path / "store"
-    serving = db.Store(path, checkpoints=True)
-    before = path.read_bytes()
-    script = db.Store(path)
-    script.import_products(LARGE_IMPORT)
-    assert script._wal.stat().st_size > 4000 * 4096  # after which the other checkpoints
-    fail_to_write(script)
-    script.create_product(name="x", price=1)
-    script.check_health()
-    script.close()
-    assert path.read_bytes() == before
+def test_only_the_store_that_serves_checkpoints(store):
+    serving = db.Store(store.path, checkpoints=True)
+    before = store.path.read_bytes()
+    store.import_products(LARGE_IMPORT)
+    assert store._wal.stat().st_size > 4000 * 4096  # after which the other checkpoints
+    fail_to_write(store)
+    store.create_product(name="x", price=1)
+    store.check_health()
+    store.close()
+    assert store.path.read_bytes() == before
     wal = serving._wal.stat().st_size
     serving.create_product(name="x", price=1)
-    assert path.stat().st_size > 8_000_000
+    assert store.path.stat().st_size > 8_000_000
     serving.create_product(name="x", price=1)
     assert serving._wal.stat().st_size <= wal + 100_000  # it begins again at its start
     serving.close()
     assert not serving._wal.exists()
-    assert db.check_integrity(path) == []
+    assert db.check_integrity(store.path) == []
 
 
 def test_the_wal_of_a_script_is_bounded_if_nobody_serves_and_its_file_is_complete(
@@ -5241,14 +5239,13 @@ def test_a_server_without_a_write_of_its_own_checkpoints_an_import(start_server,
     wait_for(lambda: database.stat().st_size > 8_000_000)
 
 
-def test_the_serving_store_checkpoints_what_others_write_without_waiting(tmp_path, monkeypatch):
-    path = tmp_path / "store"
+def test_the_serving_store_checkpoints_what_others_write_without_waiting(database, monkeypatch):
     monkeypatch.setattr(db, "WAL_LIMIT", 1_000_000)
     statements = []
-    serving = db.Store(path, checkpoints=True, lock_timeout=30, trace=statements.append)
-    script = db.Store(path)
+    serving = db.Store(database, checkpoints=True, lock_timeout=30, trace=statements.append)
+    script = db.Store(database)
     script.create_product(name="x", price=1)
-    before = path.read_bytes()
+    before = database.read_bytes()
 
     def checkpoint():
         statements.clear()
@@ -5256,7 +5253,7 @@ def test_the_serving_store_checkpoints_what_others_write_without_waiting(tmp_pat
         serving.checkpoint_if_large()
         script.checkpoint_if_large()
         assert time.monotonic() - start < 10
-        return path.read_bytes() != before
+        return database.read_bytes() != before
 
     assert (checkpoint(), statements) == (False, [])
     script.import_products(LARGE_IMPORT)
@@ -5264,14 +5261,14 @@ def test_the_serving_store_checkpoints_what_others_write_without_waiting(tmp_pat
         with store.transaction():
             assert not checkpoint()
     assert checkpoint()
-    assert path.stat().st_size > 8_000_000
+    assert database.stat().st_size > 8_000_000
     assert (checkpoint(), statements) == (True, [])  # nothing is left to do
     wal = serving._wal.stat().st_size
     script.create_product(name="x", price=1)
     assert serving._wal.stat().st_size == wal  # it begins again at its start
     serving.close()
     script.close()
-    assert db.check_integrity(path) == []
+    assert db.check_integrity(database) == []
 
 
 def test_the_wal_has_a_limit_to_which_it_shrinks(shop):
