@@ -5026,7 +5026,7 @@ def run_and_kill(path, *statements):
 # --- a hot journal: what a power loss leaves of a transaction outside of WAL mode
 
 
-def cut_restored_backup(database):
+def cut_backup(database):
     """A shop's database in one file, as backups are, and a transaction in it that was cut."""
     with contextlib.closing(db.Store(database.with_name("source"))) as store:
         for _ in range(50):
@@ -5062,10 +5062,7 @@ def cut_transaction(database, *statements):
     assert database.stat().st_size > 100_000
 
 
-CUTS = [(cut_restored_backup, [7] + [9] * 49), (cut_new_file, [])]
-
-
-@pytest.mark.parametrize("cut, stocks", CUTS)
+@pytest.mark.parametrize("cut, stocks", [(cut_backup, [7] + [9] * 49), (cut_new_file, [])])
 @pytest.mark.parametrize("first", ["check", "backup copy", "read-only shop", "shop"])
 def test_a_cut_transaction_is_never_shown_whatever_opens_its_file_first(
     make_shop, command, database, cut, stocks, first
@@ -5580,7 +5577,6 @@ def test_of_completing_and_expiring_one_order_exactly_one_wins(database):
     stores = [db.Store(database, lock_timeout=30) for _ in range(2)]  # as in two processes
     completed = set()
     cancelled = []
-    before = db.timestamp(60)
 
     def work(n):
         store = stores[n % 2]
@@ -5590,7 +5586,7 @@ def test_of_completing_and_expiring_one_order_exactly_one_wins(database):
                     store.update_order(order_id, status="completed")
                     completed.add(order_id)
         else:
-            while portion := store.expire_orders(before, limit=2):
+            while portion := store.expire_orders(db.timestamp(60), limit=2):
                 cancelled.append(portion)
 
     at_once(6, work)
@@ -5774,10 +5770,8 @@ def test_import_adds_rows_without_an_id_and_changes_those_with_one(shop, import_
     assert import_csv(text) == imported(2, 1, differing=1)
     cup, *others = products_of(shop)
     assert cup == mug | {"name": "Cup", "description": "", "price": 8}
-    assert [tuple(product.values()) for product in others] == [
-        (2, *item("Tea", 4.5, 7, "green")),
-        (3, *item("Jam", 3)),
-    ]
+    new = [tuple(product.values()) for product in others]
+    assert new == [(2, *item("Tea", 4.5, 7, "green")), (3, *item("Jam", 3))]
     assert steps_of(shop, 1) == [(5, 5, None, "")]
     assert steps_of(shop, 2) == [(7, 7, None, "import")]
     assert find_ids(shop, "green") == [2]
@@ -5858,20 +5852,17 @@ def test_a_new_row_needs_a_name_and_a_price(mug, assert_refused):
         assert_refused(text, f"line {fault}.")
 
 
-IMPORTED_CELLS = [
-    *(("name", cell) for cell in ("", " ", "\u2003", "x" * 201, "a\0b")),
-    *(("description", cell) for cell in ("y" * 10_001, "\0")),
-    *(("price", cell) for cell in ("-0.01", "-1", "1" * 30, "x", "", "NaN", "1_0", "٣", "\0")),
-    *(("stock", cell) for cell in ("-1", "1000000001", "1.5", "x", "NaN", "9" * 5000)),
-    *(("sku", cell) for cell in ("x" * 65, "a\0b")),
-]
-
-
 def test_the_rules_of_an_import_and_its_messages_are_those_of_the_api(shop, assert_refused):
     row = {"name": "x", "description": "", "price": "1", "stock": "1", "sku": ""}
     rows = [list(row)]
     expected = []
-    for field, cell in IMPORTED_CELLS:
+    for field, cell in [
+        *(("name", cell) for cell in ("", " ", "\u2003", "x" * 201, "a\0b")),
+        *(("description", cell) for cell in ("y" * 10_001, "\0")),
+        *(("price", cell) for cell in ("-0.01", "-1", "1" * 30, "x", "", "NaN", "1_0", "٣", "\0")),
+        *(("stock", cell) for cell in ("-1", "1000000001", "1.5", "x", "NaN", "9" * 5000)),
+        *(("sku", cell) for cell in ("x" * 65, "a\0b")),
+    ]:
         rows.append(list((row | {field: cell}).values()))
         body = {"name": "x", "price": 1, field: cell.strip()}
         if not cell.strip():
@@ -5886,16 +5877,14 @@ def test_the_rules_of_an_import_and_its_messages_are_those_of_the_api(shop, asse
     assert_refused(text.getvalue(), *expected)
 
 
-UNCLEAR_NUMBERS = (
-    "1,299|1.000|1.299,00|1,299.00|2.450,00|3,125|1,050|$9.99|£14.20|9,99 €|EUR 5|9.990|9,000|"
-    "9.|.99|,99|1 299|1\xa0299|1'299|1e3|+1|٩|1,2,3|0x1|--"
-)
-
-
 def test_numbers_that_would_have_to_be_guessed_are_refused_by_their_lines(assert_refused):
     text = "name;price;stock\nSyrup;6,80;20\n"
     faults = []
-    for line, cell in enumerate(UNCLEAR_NUMBERS.split("|"), 3):
+    cells = (
+        "1,299|1.000|1.299,00|1,299.00|2.450,00|3,125|1,050|$9.99|£14.20|9,99 €|EUR 5|9.990|9,000|"
+        "9.|.99|,99|1 299|1\xa0299|1'299|1e3|+1|٩|1,2,3|0x1|--"
+    )
+    for line, cell in enumerate(cells.split("|"), 3):
         text += f'x;"{cell}";"{cell}"\n'
         for column, message in ("price", "must be a number"), ("stock", "must be an integer"):
             faults.append(f"line {line}: {column} {message}: {shop_module.shown(cell)}.")
@@ -5904,10 +5893,9 @@ def test_numbers_that_would_have_to_be_guessed_are_refused_by_their_lines(assert
 
 def test_a_cell_without_end_is_refused_by_the_line_it_begins_in(shop, import_csv):
     start = "name,price,description\n,1,x\n"
-    long = "y\n" * 70_000
     for text, lines in [
         (f"{start}a,1,{'y' * 131_073}\n", ["2", "3"]),
-        (f'{start}a,1,"{long}"\n', ["2", "3"]),
+        (start + 'a,1,"' + "y\n" * 70_000 + '"\n', ["2", "3"]),
         # A quote that nobody has closed, or it would swallow the rows that follow.
         (f'{start}a,1,"y\nb,1,z\n', ["2", "3"]),
         ('name\tprice\n"3 inch burr\t1\nb\t2\n', ["2"]),
@@ -5954,10 +5942,7 @@ SPREADSHEETS = {
         [item("Dzbanek żółty", 27.8, 0, '3,5 l, "duży"'), item("Kubek", 6)],
     ),
     "UTF-16, big end first": ("\ufeffname\tprice\r\nŻ\t6\r\n".encode("utf-16-be"), [item("Ż", 6)]),
-    "tabs": (
-        b'name\tprice\tstock\nGrinder 3" burr\t64.99\t2\nBrush\t4.1\t55\n',
-        [item('Grinder 3" burr', 64.99, 2), item("Brush", 4.1, 55)],
-    ),
+    "tabs": (b'name\tprice\tstock\nGrinder 3" burr\t4.1\t2\n', [item('Grinder 3" burr', 4.1, 2)]),
     "blank rows": (
         b'\r\n,,\r\n"","",""\r\nname,description,price,stock\r\n,,,\r\n\r\n'
         b'Filter,"100\r\npieces",3.49,80\r\n,,,\r\n   ,,,\r\nScale,,29,4\r\n,,,\r\n',
