@@ -3099,12 +3099,6 @@ def test_check_finds_a_damaged_page(shop, tmp_path, database):
     assert_damaged(tmp_path, "db.sqlite3")
 
 
-def setting_names():
-    """The environment variables that the shop reads."""
-    fields = dataclasses.fields(shop_module.Settings)
-    return ["DATABASE_URL", *(field.name.upper() for field in fields if field.name != "database")]
-
-
 def test_help_lists_every_command_and_says_where_settings_are_listed(tmp_path):
     help_ = Server(tmp_path).run("--help")
     assert help_.returncode == 0
@@ -3187,6 +3181,7 @@ def test_a_read_only_server_shows_every_change_and_rejects_writes(server, start_
 
 README = (HERE / "README.md").read_text()
 README_WORDS = " ".join(README.split())  # in one line
+SETTINGS = {field.name.upper() for field in dataclasses.fields(shop_module.Settings)}
 
 # Every internal of waitress that the server overrides or calls, and a hash of its source.
 WAITRESS_INTERNALS = """
@@ -3273,7 +3268,7 @@ def test_the_readme_names_every_path_status_and_setting(shop):
     for status in *document["components"]["responses"], "401", "409", "422":
         assert re.search(rf"^- .*\*\*{status}\*\*.*: ", README, re.M), status
     example = (HERE / ".env.example").read_text()
-    for name in setting_names():
+    for name in SETTINGS - {"DATABASE"} | {"DATABASE_URL"}:
         assert f"`{name}`" in README
         assert re.search(rf"^#?{name}=", example, re.M)
 
@@ -3330,8 +3325,7 @@ def test_other_servers_read_all_settings_but_those_that_the_readme_names():
     excepted = re.search("reads the settings above, except (.+?):", README_WORDS)[1]
     functions = shop_module.open_application, shop_module.open_store
     read = re.findall(r"settings\.(\w+)", "".join(map(inspect.getsource, functions)))
-    fields = {field.name for field in dataclasses.fields(shop_module.Settings)}
-    ignored = {name.upper() for name in fields - set(read)}
+    ignored = SETTINGS - {name.upper() for name in read}
     assert set(re.findall("`(\\w+)`", excepted)) == ignored
 
 
