@@ -4346,63 +4346,50 @@ def test_a_repeated_read_is_answered_from_the_cache_until_something_changes(star
     server.product(stock=9)
     server.order()
 
-    def get(path, **headers):
+    def get(path):
         """The response, and the statements that it took."""
         before = len(server.stderr())
-        response = server("GET", path, **headers)
-        return response, server.stderr()[before:].splitlines()
+        response = server("GET", path)
+        return response, server.stderr()[before:]
 
     for path in "/products/1/", "/products/", "/products/?q=x", "/orders/", "/orders/1/":
         first, statements = get(path)
-        assert any(statement.startswith("SELECT") for statement in statements)
+        assert "SELECT" in statements
         again, statements = get(path)
-        assert set(statements) == {"PRAGMA data_version"}
-        assert again.body == first.body
-        assert again.headers["ETag"] == first.headers["ETag"]
+        assert set(statements.splitlines()) == {"PRAGMA data_version"}
+        assert (again.body, again.headers["ETag"]) == (first.body, first.headers["ETag"])
     head = server("HEAD", "/products/1/")
     assert head.body == b""
     assert head.headers["Content-Length"] == str(len(server("GET", "/products/1/").body))
     server.product()
     for path in "/products/1/", "/products/", "/orders/":
-        assert any(statement.startswith("SELECT") for statement in get(path)[1])
-    for path, status in ("/healthz", 200), ("/products/77/", 404):  # without an ETag
-        for _ in range(2):
-            response, statements = get(path)
-            assert response.status == status
-            assert any(statement.startswith("SELECT") for statement in statements)
+        assert "SELECT" in get(path)[1]
+    for path, status in [("/healthz", 200), ("/products/77/", 404)] * 2:  # without an ETag
+        response, statements = get(path)
+        assert response.status == status
+        assert "SELECT" in statements
 
 
-def test_a_cached_response_is_only_for_requests_with_the_same_headers(start_server):
-    listed = [ORIGIN, "https://other.example"]
-    server = start_server(ADMIN_TOKEN="secret", CORS_ORIGINS=" ".join(listed))
-    server("POST", "/products/", {"name": "x", "price": 1, "stock": 9}, **bearer("secret"))
+def test_a_cached_response_is_only_for_requests_with_the_same_headers(start_server, make_shop):
+    origins = f"{ORIGIN} https://other.example"
+    server = start_server(ADMIN_TOKEN="secret", CORS_ORIGINS=origins)
+    app = make_shop(admin_token="secret", cors_origins=origins)  # which has no cache
+    app.app.app.store.create_product(name="x", price=100, stock=9)
     server.order()
-    etag = server("GET", "/orders/", **bearer("secret")).headers["ETag"]
-    for _ in range(3):
-        for headers, status in [
-            (bearer("secret"), 200),
-            ({}, 401),
-            (bearer("other"), 401),
-            (bearer("secret") | {"If-None-Match": etag}, 304),
-            (bearer("secret") | {"If-None-Match": '"x"'}, 200),
-            ({"If-None-Match": etag}, 401),
-        ]:
-            response = server("GET", "/orders/", **headers)
-            assert response.status == status, headers
-            assert bool(response.body) == (status != 304)
-        assert len(server("GET", "/products/?limit=1").json["products"]) == 1
-        assert server("GET", "/products/?after=1").json["products"] == []
-        for path, origin in itertools.product(
-            ["/products/1/", "/products/", "/products/?limit=1", "/"],
-            [*listed, "https://no.example", None],
-        ):
-            response = server("GET", path, **({"Origin": origin} if origin else {}))
-            allowed = origin if origin in listed else None
-            assert response.headers["Access-Control-Allow-Origin"] == allowed
-            assert "Origin" in names_in(response.headers["Vary"])
-        for accept, media_type in ("text/html", "text/html"), ("*/*", "application/json"):
-            response = server("GET", "/", Accept=accept)
-            assert response.headers.get_content_type() == media_type
+    etag = app("GET", "/orders/", None, bearer("secret")).headers["ETag"]
+    differing_headers = [
+        *({}, bearer("secret"), bearer("other"), {"If-None-Match": etag}),
+        *(bearer("secret") | {"If-None-Match": tag} for tag in (etag, '"x"')),
+        *({"Origin": origin} for origin in (*origins.split(), "https://no.example")),
+        *({"Accept": accept} for accept in ("text/html", "*/*")),
+    ]
+    paths = "/ /orders/ /products/ /products/?limit=1 /products/?after=1 /products/1/"
+    for _, path, headers in itertools.product(range(3), paths.split(), differing_headers):
+        due = app("GET", path, None, headers)
+        response = server("GET", path, **headers)
+        assert (response.status, response.body) == (due.status_int, due.body)
+        del response.headers["Date"]
+        assert sorted(response.headers.items()) == sorted(due.headers.items())
 
 
 def test_the_cache_takes_no_more_memory_than_it_may(server, database):
