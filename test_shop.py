@@ -1822,11 +1822,7 @@ def test_each_curl_line_of_the_page_does_what_it_says(make_shop, tmp_path):
 
 
 def test_the_page_shows_where_the_shop_needs_a_token(make_shop):
-    for settings, secured in [
-        ({}, set()),
-        (ADMIN, {"admin"}),
-        (BOTH, {"admin", "order"}),
-    ]:
+    for settings, secured in [({}, set()), (ADMIN, {"admin"}), (BOTH, {"admin", "order"})]:
         page = get_page(make_shop(**settings))
         for name, (access, *_) in ACCESS.items():
             assert ("Authorization: Bearer $TOKEN" in curl_of(page, name)) == (access in secured)
@@ -2690,7 +2686,7 @@ UNUSABLE_VALUES = {
         "https://shop.example/",
     ],
     "TRUSTED_PROXY": [
-        *("proxy", "10.0.0.0/8", "10.0.0.1,10.0.0.2", "10.0.0.1:80", "[::1]", "**", DIGITS),
+        *("proxy", "10.0.0.0/8", "10.0.0.1,10.0.0.2", "10.0.0.1:80", "[::1]", "**", DIGITS)
     ],
     "DATABASE_URL": [
         *("postgres://x", "sqlite:///", "sqlite:////", "sqlite:///:memory:", "sqlite:///a?b"),
