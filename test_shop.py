@@ -468,26 +468,6 @@ def test_ids_are_never_given_twice(shop, mug):
     assert shop.product()["id"] == 2
 
 
-def test_products_are_found_by_text_ignoring_case_and_by_stock(shop):
-    products = [("Müg", "", 1), ("Tea", "for a MÜG", 0), ("100%_", "", 0), ("Straße", "x\ny", 3)]
-    for name, description, stock in products:
-        shop.product(name=name, description=description, stock=stock)
-    for query, ids in [
-        *(("q=m%C3%BCG", [1, 2]), ("q=%25_", [3]), ("q=STRASSE", [4]), ("q=nope", [])),
-        *(("q=", [1, 2, 3, 4]), ("q=x%0Ay", [4]), ("q=" + "z" * 2000, [])),
-        *(("available=true", [1, 4]), ("available=false", [2, 3])),
-        *(("available=false&q=m%C3%9CG", [2]), ("after=2", [3, 4]), ("limit=1&after=0", [1])),
-    ]:
-        assert shop.ids("/products/?" + query) == ids
-
-
-def test_pages_follow_one_another_by_next_and_link_and_no_page_is_empty(shop):
-    for number in range(7):
-        shop.product(stock=number % 2, name=f"Ö & {number}")
-    path = "/products/?q=%C3%96+%26&available=true&limit=1"
-    assert [product["id"] for product in walk_pages(shop, path, "products")] == [2, 4, 6]
-
-
 INVALID_SORTS = "sort= sort=stock sort=Id sort=--id sort=+id sort=id,name sort=id&sort=id"
 INVALID_QUERIES = dict.fromkeys(["/", "/openapi.json", "/products/1/", "/orders/1/"], "x=1") | {
     "/products/": (
