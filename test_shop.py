@@ -797,11 +797,9 @@ def test_head_answers_with_the_headers_of_get(shop, mug):
         assert (head.status, head.headerlist, head.body) == (get.status, get.headerlist, b"")
 
 
-def test_the_index_names_paths_that_exist_and_health_is_ok(shop):
-    index = shop("GET", "/").json
-    assert set(index.values()) == {"/products/", "/orders/", "/healthz", "/openapi.json"}
-    for path in index.values():
-        shop("GET", path, status=200)
+def test_the_index_names_the_paths_and_health_is_ok(shop):
+    index = {"products": "/products/", "orders": "/orders/", "health": "/healthz"}
+    assert shop("GET", "/").json == index | {"openapi": "/openapi.json"}
     assert shop("GET", "/healthz").json == {"status": "ok"}
 
 
