@@ -854,11 +854,7 @@ def test_an_embedding_program_adds_routes_and_plugins_of_its_own(shop, mug):
     calls = []
 
     def count_calls(callback):
-        def wrapper(*args, **kwargs):
-            calls.append(callback)
-            return callback(*args, **kwargs)
-
-        return wrapper
+        return lambda **ids: calls.append(ids) or callback(**ids)
 
     shop.app.app.bottle.get("/hello")(lambda: "hi")
     assert shop.app.get("/hello").text == "hi"
