@@ -1211,10 +1211,9 @@ def test_more_than_fifty_entries_after_a_merge_are_rejected_with_the_rest_of_the
     ]:
         shop("PATCH", path, {"metadata": FULL_METADATA})
         before = everything(shop)
-        for patch, number in ({"x": ""}, 51), ({"x": "", "y": "", "z": None}, 52):
-            refused = shop("PATCH", path, rest | {"metadata": patch})
-            detail = f"metadata must have at most 50 entries, not {number}."
-            assert errors_of(refused) == {"#/metadata": detail}
+        refused = shop("PATCH", path, rest | {"metadata": {"x": "", "unknown": None}})
+        too_many = "metadata must have at most 50 entries, not 51."
+        assert errors_of(refused) == {"#/metadata": too_many}
         assert everything(shop) == before
         swapped = shop("PATCH", path, {"metadata": {"x": "", "Key_0-": None}}).json["metadata"]
         assert swapped.keys() == (FULL_METADATA | {"x": ""}).keys() - {"Key_0-"}
