@@ -431,22 +431,19 @@ NOT_JSON += "application/jsonp application/merge-patch+json"
 
 @pytest.mark.parametrize("content_type", ["", *NOT_JSON.split()])
 def test_a_body_not_declared_as_json_is_a_415_that_helps_a_curl_user(shop, content_type):
-    headers = {"Content-Type": content_type}
-    refused = shop("POST", "/products/", {"name": "x", "price": 1}, headers, status=415)
+    refused = shop("POST", "/products/", BODY, {"Content-Type": content_type}, status=415)
     assert refused.headers["Accept"] == "application/json"
     assert "-H 'Content-Type: application/json'" in refused.json["detail"]
 
 
 def test_json_may_be_declared_in_any_of_its_spellings(shop):
     for content_type in "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"':
-        headers = {"Content-Type": content_type}
-        shop("POST", "/products/", {"name": "x", "price": 1}, headers, status=201)
+        shop("POST", "/products/", BODY, {"Content-Type": content_type}, status=201)
 
 
 def test_a_body_over_128_kibibytes_is_a_413_and_one_of_just_that_is_read(shop):
-    body = b'{"name": "x", "price": 1}'
-    shop("POST", "/products/", body.ljust(128 << 10), status=201)
-    refused = shop("POST", "/products/", body.ljust((128 << 10) + 1), status=413)
+    shop("POST", "/products/", BODY.ljust(128 << 10), status=201)
+    refused = shop("POST", "/products/", BODY.ljust((128 << 10) + 1), status=413)
     assert refused.json["detail"] == "The body may have at most 131072 bytes."
 
 
