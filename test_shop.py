@@ -3205,7 +3205,6 @@ def test_openapi_describes_every_route_with_its_parameters_and_media_types(shop)
             patch = ["application/merge-patch+json"] * (method == "PATCH")
             assert list(operation["requestBody"]["content"]) == ["application/json", *patch]
     assert described == {(name, method, path) for name, (_, method, path, _) in ACCESS.items()}
-    assert len(described) == len(shop_module.api.routes)
 
 
 @pytest.mark.parametrize("tokens", [(), ("admin",), ("admin", "order")])
@@ -3272,8 +3271,7 @@ def test_two_decimals_unique_products_and_defaults_are_described_in_words():
     for name in "Product", "NewProduct", "ProductUpdate", "OrderLine":
         assert "two decimals" in schemas[name]["properties"]["price"]["description"]
     lines = schemas["NewOrder"]["properties"]["products"]["description"]
-    assert "product_id" in lines
-    assert "once" in lines
+    assert lines == 'Each "product_id" only once.'
     for name, defaults in DEFAULTS_OF_BODIES.items():
         fields = schemas[name]["properties"]
         assert fields.keys() - schemas[name]["required"] == defaults.keys()
