@@ -3399,8 +3399,10 @@ def test_the_schemas_of_openapi_accept_and_reject_what_the_shop_does(shop, mug):
     for method, path, operation in operations_of_openapi():
         for body in bodies.get(operation["operationId"], ()):
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
-            is_rejected = shop(method, with_ids(path), body).status_int == 422
-            assert any(schema_errors(body, schema)) == (is_rejected and body not in in_words), body
+            status = shop(method, with_ids(path), body).status_int
+            assert status in (200, 201, 409, 422), body
+            is_wrong = status == 422 and body not in in_words
+            assert any(schema_errors(body, schema)) == is_wrong, body
 
 
 BOTH_SERVICES = (
