@@ -3437,31 +3437,30 @@ def test_dockerfile_compose_file_and_readme_agree(tmp_path):
 def health_checks(port):
     """The health checks of Dockerfile and compose file, as commands, of a shop at a port."""
     texts = (HERE / "Dockerfile").read_text(), (HERE / "docker-compose.yml").read_text()
-    patterns = r"^HEALTHCHECK .*\n +CMD \[(.+)\]$", r"^ +test: \[\"CMD\", (.+)\]$"
-    for text, pattern in zip(texts, patterns, strict=True):
-        program, *arguments = json.loads(f"[{re.search(pattern, text, re.M)[1]}]")
-        assert program == "python"
-        yield [sys.executable, *(word.replace("8000", str(port)) for word in arguments)]
+    for text in texts:
+        pattern = r'^(?:HEALTHCHECK .*\n +CMD \[| +test: \["CMD", )"python", ("-c", .+)\]$'
+        [arguments] = re.findall(pattern, text, re.M)
+        for_port = arguments.replace("8000", str(port))
+        yield [sys.executable, *json.loads(f"[{for_port}]")]
 
 
-def test_the_health_checks_ask_the_shop_itself_and_want_a_200(server):
-    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("", 0)) as other:
-        dead = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        proxies = {name: dead for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
-        for command in health_checks(server.port):
-            environment = {"PORT": str(server.port)} | proxies
-            result = subprocess.run(command, env=environment, capture_output=True, timeout=10)
-            assert (result.returncode, result.stderr) == (0, b"")
-        port = other.getsockname()[1]
-        for status in b"204 No Content", b"302 Found\r\nLocation: /", b"404 Not Found", b"503 No":
-            for command in health_checks(port):
-                process = subprocess.Popen(command, env={"PORT": str(port)})
-                with other.accept()[0] as connection:
-                    assert connection.recv(9999).startswith(b"GET /healthz HTTP/1.1\r\n")
-                    connection.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
-                    assert process.wait(10) == 1
+def test_the_health_checks_ask_the_shop_itself_and_want_a_200():
+    statuses = b"200 OK", b"204 No", b"302 Found\r\nLocation: /", b"404 Not Found", b"503 No"
+    with socket.create_server(("", 0)) as shop, socket.create_server(("", 0)) as proxy:
+        shop.settimeout(10)
+        port = shop.getsockname()[1]
+        names = "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"
+        environment = dict.fromkeys(names, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        environment["PORT"] = str(port)
+        for command, status in itertools.product(health_checks(port), statuses):
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+            with shop.accept()[0] as connection:
+                assert connection.recv(9999).startswith(b"GET /healthz HTTP/1.1\r\n")
+                connection.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+                assert process.communicate(timeout=10) == (None, b"")
+            assert process.returncode == (status != b"200 OK")
     for command in health_checks(port):  # where nothing listens
-        result = subprocess.run(command, env={"PORT": str(port)}, stderr=subprocess.DEVNULL)
+        result = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL)
         assert result.returncode == 1
 
 
