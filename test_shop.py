@@ -2886,7 +2886,7 @@ def test_a_backup_rejects_a_bad_target_and_leaves_it_alone(server, tmp_path):
     assert server.run("check", "mine").returncode == 0
 
 
-def test_check_names_a_file_that_is_missing_or_no_database(shop, mug, tmp_path):
+def test_check_names_a_file_that_is_missing_or_no_database(tmp_path):
     (tmp_path / "text").write_text("no database " * 100)
     for name in "text", "none":
         assert re.search(rf"\b{name}\b", Server(tmp_path).fail("check", name))
@@ -2902,8 +2902,7 @@ DAMAGE = {
     """UPDATE orders SET metadata = '{"a b":"x"}'""": "Order 1 has invalid metadata",
     """UPDATE product SET metadata = '{"":"x"}'""": "Product 1 has invalid metadata",
     "UPDATE orders SET metadata = json_object('a', printf('%.501c', 'x'))": "Order 1 has invalid",
-    "UPDATE orders SET metadata = (WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
-    " WHERE i < 51) SELECT json_group_object(i, 'x') FROM n)": "Order 1 has invalid metadata",
+    f"UPDATE orders SET metadata = '{json.dumps(dict.fromkeys(range(51), ''))}'": "Order 1 has",
     "DROP INDEX product_by_sku; UPDATE product SET sku = 'M';"
     "INSERT INTO product (name, price, sku) VALUES ('x', 1, 'M')": "Products 1, 2 have the same",
     "DELETE FROM orders": "A row of order_line refers to a missing row of orders.",
@@ -2928,10 +2927,8 @@ def test_check_finds_planted_damage(shop, mug, database, tmp_path, statement, me
 
 
 def test_check_has_nothing_against_metadata_at_its_limits(store):
-    metadata = {f"{n:040}": "😀" * 500 for n in range(50)} | {"0" * 40: ""}
-    product = store.create_product(name="x", price=1, stock=1, metadata=metadata)
-    order = store.create_order([{"product_id": 1, "quantity": 1}], metadata=metadata)
-    assert product["metadata"] == order["metadata"] == metadata
+    store.create_product(name="x", price=1, stock=1, metadata=FULL_METADATA)
+    store.create_order([{"product_id": 1, "quantity": 1}], metadata=FULL_METADATA)
     assert db.check_integrity(store.path) == []
 
 
