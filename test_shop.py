@@ -3599,13 +3599,6 @@ def test_a_shop_of_an_older_version_comes_along_with_all_it_has(make_shop, datab
     assert db.check_integrity(database) == []
 
 
-def schema_of(path):
-    with connect(path) as connection:
-        [version] = connection.execute("PRAGMA user_version").fetchone()
-        rows = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name"
-        return version, connection.execute(rows).fetchall()
-
-
 NEW_PRODUCT = "INSERT INTO product (name, price, sku, metadata) VALUES (?, ?, ?, ?)"
 NEW_ORDER = """
     INSERT INTO orders (status, total, created_at, reference, metadata)
@@ -3630,11 +3623,6 @@ REJECTED_ROWS = {
     ],
     "UPDATE product SET movements = ?": [(-1,)],
 }
-ACCEPTED_ROWS = {
-    NEW_PRODUCT: [("x", 10**11, "y" * 64, '{"a":"b"}'), ("x", 1, "", "{}")],
-    NEW_ORDER: [("pending", 10**15, "", '{"a":"b"}')],
-    NEW_LINE: [(10**11, 0, 1, "y" * 64)],
-}
 
 
 def test_a_migration_to_schema_7_rewrites_no_order(database):
@@ -3655,9 +3643,11 @@ def test_the_tables_of_an_old_file_are_those_of_a_new_one_and_reject_bad_rows(tm
     make_old(tmp_path / "old", schema)
     for name in "old", "new":
         db.Store(tmp_path / name).close()
-    assert schema_of(tmp_path / "old") == schema_of(tmp_path / "new")
-    assert schema_of(tmp_path / "old")[0] == db.SCHEMA_VERSION == len(db.MIGRATIONS)
-    with connect(tmp_path / "old") as connection:
+    with connect(tmp_path / "old") as connection, connect(tmp_path / "new") as new:
+        [(version,)] = connection.execute("PRAGMA user_version")
+        assert version == db.SCHEMA_VERSION == len(db.MIGRATIONS)
+        rows = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name"
+        assert [*connection.execute(rows)] == [*new.execute(rows)]
         connection.execute(NEW_PRODUCT, ("x", 1, "used", "{}"))
         order = "INSERT OR IGNORE INTO orders VALUES (1, 'pending', 1, ?, '', '{}')"
         connection.execute(order, [db.timestamp()])
@@ -3667,8 +3657,7 @@ def test_the_tables_of_an_old_file_are_those_of_a_new_one_and_reject_bad_rows(tm
                 with pytest.raises(sqlite3.IntegrityError):
                     connection.execute(statement, row)
                 assert list(connection.iterdump()) == before, row
-        for statement, rows in ACCEPTED_ROWS.items():
-            connection.executemany(statement, rows)
+        connection.execute(NEW_LINE, (10**11, 0, 1, "y" * 64))
         connection.rollback()
 
 
