@@ -4076,36 +4076,6 @@ def resident_memory(server):
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
 
 
-def test_a_client_that_vanishes_during_a_long_read_does_no_harm(start_server, tmp_path):
-    server = start_server(SLOW_LISTS)
-    server.product()
-    with server.connect() as patient:
-        for _ in range(3):
-            with server.connect(**RESET_ON_CLOSE) as connection:
-                connection.sendall(GET_PRODUCTS)
-                assert server("GET", "/healthz").status == 200
-        patient.sendall(closing(GET_PRODUCTS))
-        (tmp_path / "go").touch()
-        assert b'"next":null}' in read_to_end(patient)
-    assert server.product().status == 201
-    assert len(server("GET", "/products/").json["products"]) == 2
-
-
-def test_long_reads_that_are_under_way_at_a_signal_are_answered_in_full(server, database):
-    fill(database, 20_000, 100)
-    connections = [server.connect() for _ in range(8)]
-    for number, connection in enumerate(connections):
-        connection.sendall(get(b"/products/?after=%d" % number))
-    assert server("GET", "/healthz").status == 200  # by now all the others have been read
-    server.process.terminate()
-    for number, connection in enumerate(connections):
-        with connection:
-            head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200 ")
-        assert len(json.loads(body)["products"]) == 20_000 - number
-    assert server.process.wait(5) == 0
-
-
 # ------------------------------------------------------------------------------------------- cache
 
 
