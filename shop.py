@@ -2425,10 +2425,12 @@ def read_table(data: bytes) -> Iterator[tuple[int, dict[str, str]]]:
             raise UnicodeError  # a ZIP file, HTML or XML, or UTF-16 without a byte order mark
         hint = re.fullmatch(r'[\s"]*sep=([,;\t])[\s,;"]*', first, re.IGNORECASE)
         separator = hint[1] if hint else max(",;\t", key=first.count)
-        text = re.sub(rf'(?<!")" +(?=[{separator}\r\n]|\Z)', '"', text)  # blanks after a quote
-        source = io.StringIO(text, newline="")
+        # The reader accepts no white space before or after a cell in quotes.
+        blanks = rf"(?:(?![{separator}\r\n])\s)*"
+        quoted = rf'(^|[{separator}\r\n]){blanks}("(?:[^"]|"")*"){blanks}(?=[{separator}\r\n]|\Z)'
+        source = io.StringIO(re.sub(quoted, r"\1\2", text), newline="")
         # Strict, because otherwise a quote that is never closed takes in the rest of the file.
-        reader = csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True)
+        reader = csv.reader(source, delimiter=separator, strict=True)
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             if columns and any(cells):

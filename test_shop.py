@@ -5669,9 +5669,10 @@ SPREADSHEETS = {
         b'name, price, description, stock\nCup,1\nMug, 2, "a, b"\n',
         [item("Cup", 1), item("Mug", 2, 0, "a, b")],
     ),
-    "blanks behind quotes": (
-        b'"name" ;"price"  \r\n"Cup ""x"" y" ; "1,5" \n"Mug; ; z"  ;2',
-        [item('Cup "x" y', 1.5), item("Mug; ; z", 2)],
+    "white space around quotes": (
+        '"name" ;"" ;\u00a0"price"  \r\n"Cup ""x"" y"\t; "" ;\t"1,5" \n"Mug; "" ; z"  ;;2\n'
+        '"The ""Tea""" ;;3'.encode(),
+        [item('Cup "x" y', 1.5), item('Mug; " ; z', 2), item('The "Tea"', 3)],
     ),
     "CR alone": (b"name;price\rCup;1\rMug;2,5\r", [item("Cup", 1), item("Mug", 2.5)]),
     "a header in quotes": (b'\xef\xbb\xbf"name"\tprice\nCup\t1', [item("Cup", 1)]),
