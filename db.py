@@ -261,9 +261,12 @@ class Database:
 
     def _inspect_file(self) -> None:
         """Raise DatabaseError if the file cannot be the shop's. Creates and writes no file."""
-        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        size = self.path.stat().st_size if self.path.exists() else 0
+        is_new = size == 0
         if self.path.exists() and not self.path.is_file():
             raise DatabaseError(f"{self.path} is not a file.")
+        if size == 1:  # which SQLite takes for empty
+            raise DatabaseError(f"{self.path} is not a database.")
         if is_new and not self.read_only:
             return
         connecting = self._connect(self._inspection_mode(), self.lock_timeout)

@@ -2546,6 +2546,7 @@ UNUSABLE_FILES = {
     "none/such/db.sqlite3": "there is no directory 'none/such'",
     ".": "must be a file, not the directory",
     "text": "not a database",
+    "byte": "not a database",
     "foreign": "another program",
     "short": "damaged",
     "newer": "newer version",
@@ -2566,6 +2567,7 @@ UNUSABLE_SETTINGS = [
 @pytest.mark.parametrize("settings, words", UNUSABLE_SETTINGS)
 def test_a_setting_that_cannot_be_used_ends_the_start_with_one_line(tmp_path, settings, words):
     (tmp_path / "text").write_text("no database " * 100)
+    (tmp_path / "byte").write_text("x")
     db.Store(tmp_path / "newer").close()
     (tmp_path / "short").write_bytes((tmp_path / "newer").read_bytes()[:5000])
     later = f"PRAGMA user_version = {db.SCHEMA_VERSION + 1}"
