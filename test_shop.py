@@ -1261,22 +1261,19 @@ def test_an_invalid_body_is_rejected_with_a_pointer_to_each_error_and_nothing_is
 
 def test_a_key_is_for_one_request_and_a_repeat_gets_its_first_response_and_does_nothing(shop, mug):
     metadata = {"metadata": {"a": "1"}}
-    order = order_of((1, 1)) | metadata
     product = {"name": "x", "price": 1, "sku": "A"} | metadata
     others = {"metadata": {}}, {"metadata": {"a": "2"}}, {"metadata": {"b": "1"}}
     for path, body, changes in [
-        ("/orders/", order, [order_of((1, 2)), {"reference": "b"}, *others]),
-        ("/products/", product, [{"sku": "B"}, {"sku": ""}, *others]),
+        ("/orders/", order_of((1, 1)) | metadata, [order_of((1, 2)), {"reference": "b"}, *others]),
+        ("/products/", product, [{"sku": "B"}, {"sku": ""}, {"price": 1.01}, *others]),
         ("/products/1/stock/", {"change": 1}, [{"change": 2}, {"note": "x"}]),
     ]:
         key = {"Idempotency-Key": "key" + path}
         first = shop("POST", path, body, key)
         assert first.status_int in (200, 201)
-        assert first.json.get("metadata", {}) == body.get("metadata", {})
         assert "Idempotent-Replayed" not in first.headers
         before = everything(shop)
-        quoted = {"Idempotency-Key": f'"key{path}"'}
-        again = shop("POST", path.rstrip("/"), body, quoted)
+        again = shop("POST", path.rstrip("/"), body, {"Idempotency-Key": f'"key{path}"'})
         assert (again.status, again.body) == (first.status, first.body)
         assert again.headers.get("Location") == first.headers.get("Location")
         assert again.headers["Idempotent-Replayed"] == "true"
@@ -1288,22 +1285,19 @@ def test_a_key_is_for_one_request_and_a_repeat_gets_its_first_response_and_does_
 
 
 def test_a_repeat_may_write_the_same_json_in_another_way(shop, mug):
-    key = {"Idempotency-Key": "k"}
-    bodies = [
+    orders = [
         b'{"products": [{"product_id": 1, "quantity": 2}], "reference": "till-4", "metadata":'
         b' {"b": "\xc3\xa9", "a": "1"}}',
         b'\xef\xbb\xbf{\n  "reference": "till-4",\n  "metadata": {"a": "\\u0031", "b": "\\u00e9"},'
         b' "products": [{"quantity": 2.0, "product_id": 1e0}]\n}\n',
     ]
-    first, repeat = (shop("POST", "/orders/", body, key, status=201) for body in bodies)
-    assert repeat.headers["Idempotent-Replayed"] == "true"
-    assert repeat.body == first.body
+    products = b'{"name": "x", "price": 1.5}', b'{"price": 1.50, "name": "x"}'
+    for path, bodies in ("/orders/", orders), ("/products/", products):
+        key = {"Idempotency-Key": path}
+        first, repeat = (shop("POST", path, body, key, status=201) for body in bodies)
+        assert repeat.headers["Idempotent-Replayed"] == "true"
+        assert repeat.body == first.body
     assert shop.stock(mug) == 3
-    price = {"Idempotency-Key": "p"}
-    for text in b'{"name": "x", "price": 1.5}', b'{"price": 1.50, "name": "x"}':
-        assert shop("POST", "/products/", text, price).json["id"] == 2
-    other = shop("POST", "/products/", b'{"name": "x", "price": 1.51}', price)
-    assert other.json["type"] == "urn:problem-type:idempotency-key-reused"
 
 
 VALID_KEYS = ['abc"def', "x" * 255, f'"{"y" * 255}"', '"a\\"b"', "!#$%&'*+-.^_`|~:;<>()"]
