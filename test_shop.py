@@ -1701,21 +1701,6 @@ def test_fifty_pieces_make_fifty_sales_to_sixty_four_threads(shop):
     assert shop.stock(mug) == 0
 
 
-def test_orders_of_the_same_products_in_opposite_order_never_block_each_other(shop):
-    for _ in range(4):
-        shop.product(stock=1000)
-    lines = [(number, 3) for number in range(1, 5)]
-
-    def buy(n):
-        client = Client(shop.app.app)
-        in_order = lines if n % 2 else lines[::-1]
-        return [client.order(*in_order).status_int for _ in range(8)]
-
-    assert at_once(16, buy) == [[201] * 8] * 16
-    stocks = [product["stock"] for product in shop("GET", "/products/").json["products"]]
-    assert stocks == [1000 - 128 * 3] * 4
-
-
 def test_forty_equal_requests_with_one_key_make_one_order_and_forty_equal_responses(shop, mug):
     key = {"Idempotency-Key": "k"}
     responses = at_once(40, lambda _: Client(shop.app.app).order((1, 1), **key, status=201))
