@@ -1756,14 +1756,9 @@ class Server:
 
     def run(self, *arguments):
         """Run it to its end."""
-        return subprocess.run(
-            [sys.executable, HERE / "shop.py", *arguments],
-            cwd=self.folder,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        command = [sys.executable, HERE / "shop.py", *arguments]
+        options = {"cwd": self.folder, "env": self.environment(), "timeout": 30}
+        return subprocess.run(command, **options, capture_output=True, text=True)
 
     def fail(self, *arguments, status=None):
         """Run it to its end, which must be an error in one line on stderr, and return this line.
@@ -1778,24 +1773,17 @@ class Server:
 
     def start(self, program=None, *, reads_log=True):
         """Start it, or a program that does so in its own way, and wait until it listens."""
-        command = ["-c", program] if program else [HERE / "shop.py"]
+        command = [sys.executable, *(["-c", program] if program else [HERE / "shop.py"])]
+        environment = self.environment() | {"PYTHONPATH": str(HERE)}
+        options = {"cwd": self.folder, "env": environment, "stdout": subprocess.PIPE}
         with (self.folder / "stderr").open("a") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=self.folder,
-                env=self.environment() | {"PYTHONPATH": str(HERE)},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                bufsize=1,
-            )
+            self.process = subprocess.Popen(command, **options, stderr=stderr, text=True, bufsize=1)
         line = self.process.stdout.readline()
         assert line.startswith("Serving http://"), (line, self.stderr())
         self.port = int(re.search(r":(\d+)/ from ", line)[1])
         self.log = [line]
-        self.reader = threading.Thread(
-            target=self.log.extend, args=[self.process.stdout], daemon=True
-        )
+        read = functools.partial(self.log.extend, self.process.stdout)
+        self.reader = threading.Thread(target=read, daemon=True)
         if reads_log:
             self.reader.start()
         return self
@@ -1870,9 +1858,7 @@ def start_server(tmp_path):
     servers = []
 
     def start(setup="", *, ends_silently=True, **settings):
-        program = (
-            f"import gc, os, resource, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
-        )
+        program = f"import gc, os, time, db, shop\n{setup}\nraise SystemExit(shop.main([]))"
         server = Server(tmp_path, **settings).start(program if setup else None)
         servers.append((server, ends_silently and "DEBUG" not in settings))
         return server
@@ -2767,21 +2753,16 @@ def test_an_application_with_a_url_takes_nothing_from_the_environment(make_shop,
 
 def test_the_shop_runs_under_a_server_with_threads(tmp_path):
     server = Server(tmp_path)
-    options = ["--listen=127.0.0.1:0", "--threads=8", "--call", "shop:create_app"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "waitress", *options],
-        cwd=tmp_path,
-        env=server.environment() | {"PYTHONPATH": str(HERE)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = "-m waitress --listen=127.0.0.1:0 --threads=8 --call shop:create_app"
+    environment = server.environment() | {"PYTHONPATH": str(HERE)}
+    options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *command.split()], **options, text=True)
     server.port = int(re.search(r":(\d+)$", process.stderr.readline())[1])
     server.product(stock=20)
     statuses = at_once(32, lambda n: server.order().status)
     process.terminate()
     process.communicate()
-    assert statuses.count(201) == 20
-    assert statuses.count(409) == 12
+    assert sorted(statuses) == [201] * 20 + [409] * 12
 
 
 @pytest.mark.parametrize("litestream, pages", [(False, 4000), (True, 0)])
