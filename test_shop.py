@@ -2100,8 +2100,6 @@ def test_proxy_headers_of_a_stranger_change_nothing(server):
     assert response.status == 201
     assert response.headers["location"] == "/products/1/"
     assert "server" not in response.headers
-    server.end()
-    assert " 127.0.0.1 POST /products/ 201 " in server.log[-1]
 
 
 FORWARDED = {
@@ -2117,10 +2115,8 @@ FORWARDED |= {b"X-Forwarded-For: %b\r\n" % value: "127.0.0.1" for value in NOT_F
 FORWARDED |= {b"Forwarded: for=198.51.100.7\r\n": "127.0.0.1", b"": "127.0.0.1"}
 
 
-@pytest.mark.parametrize("proxy, is_trusted", [("127.0.0.1", 1), ("*", 1), ("127.0.0.2", 0)])
-def test_the_client_in_the_log_is_the_one_that_a_trusted_proxy_names(
-    start_server, proxy, is_trusted
-):
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "*", "127.0.0.2", ""])
+def test_the_client_in_the_log_is_the_one_that_a_trusted_proxy_names(start_server, proxy):
     server = start_server(TRUSTED_PROXY=proxy)
     for header in FORWARDED:
         for path in b"/healthz", b"/products/", b"/products/":  # the last is in the cache
@@ -2128,6 +2124,7 @@ def test_the_client_in_the_log_is_the_one_that_a_trusted_proxy_names(
             assert server.send(closing(get))[0].status == 200
     server.end()
     clients = [line.split()[1] for line in server.log if " GET " in line]
+    is_trusted = proxy in ("127.0.0.1", "*")
     expected = [client if is_trusted else "127.0.0.1" for client in FORWARDED.values()]
     assert clients == [client for client in expected for _ in range(3)]
 
