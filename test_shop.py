@@ -2132,20 +2132,14 @@ def test_the_client_in_the_log_is_the_one_that_a_trusted_proxy_names(start_serve
 @pytest.mark.parametrize("sent", ["", "/shop"])
 def test_urls_begin_with_the_prefix_whether_or_not_the_proxy_strips_it(start_server, sent):
     server = start_server(URL_PREFIX="/shop/")
-    product = {"name": "x", "price": 1, "stock": 9}
-    for name, body in ("products", product), ("orders", order_of((1, 1))):
-        assert server("POST", f"{sent}/{name}/", body).headers["Location"] == f"/shop/{name}/1/"
-    server("POST", f"{sent}/products/", product)
-    page = server("GET", f"{sent}/products/?limit=1")
-    assert page.json["next"] == "/shop/products/?limit=1&after=1"
-    assert page.headers["Link"] == '</shop/products/?limit=1&after=1>; rel="next"'
-    assert server("GET", page.json["next"]).json["products"][0]["id"] == 2
+    for number in 1, 2:
+        created = server("POST", f"{sent}/products/", {"name": "x", "price": 1})
+        assert created.headers["Location"] == f"/shop/products/{number}/"
+    next_path = server("GET", f"{sent}/products/?limit=1").json["next"]
+    assert next_path == "/shop/products/?limit=1&after=1"
+    assert server("GET", next_path).json["products"][0]["id"] == 2
     for index in f"{sent}/", sent or "/":
         assert server("GET", index).json["products"] == "/shop/products/"
-        html = server("GET", index, Accept="text/html").body.decode()
-        assert 'href="/shop/openapi.json"' in html
-    assert server("GET", f"{sent}/openapi.json").json["servers"] == [{"url": "/shop"}]
-    assert server("GET", f"{sent}/healthz").status == 200
     assert server("GET", f"{sent}/products/9/").status == 404
     assert server("GET", "/shopping/").status == 404
 
