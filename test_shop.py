@@ -2244,23 +2244,18 @@ def test_an_upload_under_way_at_a_signal_is_answered(server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_server_with_status_0_and_without_a_wal(server, tmp_path, number):
+def test_signals_end_the_server_with_status_0_and_without_a_wal(start_server, database, number):
+    server = start_server(  # another signal comes while the database is closed
+        "close = shop.Application.close\n"
+        "shop.Application.close = lambda app: (os.kill(os.getpid(), 15), close(app))"
+    )
     with server.connect(), server.connect():
         server.product(stock=9)
         assert len(server("GET", "/products/").json["products"]) == 1
         status, seconds = server.end(number)
     assert status == 0
     assert seconds < 3
-    assert not (tmp_path / "db.sqlite3-wal").exists()
-
-
-def test_a_signal_while_the_database_is_closed_changes_nothing(start_server):
-    server = start_server(
-        "close = shop.Application.close\n"
-        "shop.Application.close = lambda app: (os.kill(os.getpid(), 15), close(app))"
-    )
-    server.product()
-    assert server.end()[0] == 0
+    assert not database.with_name("db.sqlite3-wal").exists()
 
 
 def test_an_urgent_byte_closes_its_connection_and_no_more(server):
