@@ -2626,26 +2626,23 @@ def test_a_file_env_is_read_as_a_shell_reads_it_below_the_environment(
     "line",
     [
         # Names, and what is before them.
-        *("ADMIN_TOKEN", "s3cret", "=s3cret", "1TOKEN=s3cret", "ADMIN TOKEN=s3cret"),
-        *("ADMIN-TOKEN=s3cret", "ADMIN.TOKEN=s3cret", "ÄDMIN_TOKEN=s3cret", "export ADMIN_TOKEN"),
-        *("exportADMIN_TOKEN=a s3cret", "set ADMIN_TOKEN=s3cret", "; ADMIN_TOKEN=s3cret"),
-        *("\fADMIN_TOKEN=s3cret", '"ADMIN_TOKEN=s3cret"', '{"ADMIN_TOKEN": "s3cret"}'),
+        *("KEY", "s3cret", "=s3cret", "1KEY=s3cret", "A KEY=s3cret", "A-KEY=s3cret"),
+        *("A.KEY=s3cret", "ÄKEY=s3cret", "export KEY", "exportKEY=a s3cret", "set KEY=s3cret"),
+        *("; KEY=s3cret", "\fKEY=s3cret", '"KEY=s3cret"', '{"KEY": "s3cret"}'),
         # Between name and value.
-        *("ADMIN_TOKEN s3cret", "ADMIN_TOKEN: s3cret", "ADMIN_TOKEN:s3cret", "ADMIN_TOKEN =s3cret"),
-        *("ADMIN_TOKEN= s3cret", "ADMIN_TOKEN= 's3cret'", "ADMIN_TOKEN= # s3cret"),
+        *("KEY s3cret", "KEY: s3cret", "KEY:s3cret", "KEY =s3cret", "KEY= s3cret"),
+        *("KEY= 's3cret'", "KEY= # s3cret"),
         # Bare values.
-        *(f"ADMIN_TOKEN=s3cret{character}x" for character in "$`\\;&|<>()\r\v\0\u2028 \"'"),
-        *("ADMIN_TOKEN=two s3cret", "ADMIN_TOKEN=s3cret\xa0", "ADMIN_TOKEN=s3cret\t# mine"),
-        *("ADMIN_TOKEN=~/s3cret", "ADMIN_TOKEN=/a:~/s3cret", "export ADMIN_TOKEN={s3cret,x}"),
-        *("ADMIN_TOKEN=it's3cret", 'ADMIN_TOKEN=a"s3cret"', "s3cret" * 1000),
+        *(f"KEY=s3cret{character}x" for character in "$`\\;&|<>()\r\v\0\u2028 \"'"),
+        *("KEY=two s3cret", "KEY=s3cret\xa0", "KEY=s3cret\t# mine", "export KEY={s3cret,x}"),
+        *("KEY=~/s3cret", "KEY=/a:~/s3cret", "KEY=it's3cret", 'KEY=a"s3cret"', "s3cret" * 1000),
         # Values in quotes.
-        *("ADMIN_TOKEN='s3cret", 'ADMIN_TOKEN="s3cret', "ADMIN_TOKEN='s3cret' x"),
-        *("ADMIN_TOKEN='s3cret' # mine", 'ADMIN_TOKEN="s3cret" # mine', "ADMIN_TOKEN='s3cret''x'"),
-        *("ADMIN_TOKEN='s3cret'x", "ADMIN_TOKEN='it\\'s3cret'", "ADMIN_TOKEN='s3cret\\'"),
-        *("ADMIN_TOKEN='s3cret\rx'", "ADMIN_TOKEN='s3cret\0x'"),
-        *(f'ADMIN_TOKEN="s3cret{character}x"' for character in "$`\\\r\0"),
+        *("KEY='s3cret", 'KEY="s3cret', "KEY='s3cret' x", "KEY='s3cret' # x", 'KEY="s3cret" # x'),
+        *("KEY='s3cret'x", "KEY='s3cret''x'", "KEY='it\\'s3cret'", "KEY='s3cret\\'"),
+        *(f"KEY='s3cret{character}x'" for character in "\r\0\udcff"),
+        *(f'KEY="s3cret{character}x"' for character in "$`\\\r\0"),
         # Comments.
-        *("# s3cret \\", "# \rADMIN_TOKEN=s3cret", "# \0s3cret", "ADMIN_TOKEN=s3cret # mine \\"),
+        *("# s3cret \\", "# \rKEY=s3cret", "# \0s3cret", "KEY=s3cret # mine \\"),
     ],
 )
 def test_a_line_of_env_that_others_read_differently_is_named_by_its_number_alone(
@@ -2654,30 +2651,21 @@ def test_a_line_of_env_that_others_read_differently_is_named_by_its_number_alone
     monkeypatch.chdir(tmp_path)
     for end in "\n", "\r\n":
         text = f"# settings{end}PORT='0\u2028'{end}{end}{line}{end}DEBUG=false{end}"
-        (tmp_path / ".env").write_bytes(text.encode())
+        (tmp_path / ".env").write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(shop_module.ConfigError) as raised:
             shop_module.read_environment()
         assert re.fullmatch(r"Line 4 of \.env .{,180}", str(raised.value))
         assert "s3cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"\nexport ADMIN_TOKEN\n", "Line 2 of"),
-        (b"ADMIN_TOKEN='a\nb'\n", "Line 1 of"),
-        (b"A='\xff'", "Line 1 of"),
-        (None, "The file"),  # a folder
-    ],
-)
-def test_a_file_env_that_cannot_be_used_ends_every_command_with_one_line(tmp_path, content, words):
-    if content is None:
-        (tmp_path / ".env").mkdir()
-    else:
-        (tmp_path / ".env").write_bytes(content)
+def test_a_file_env_that_cannot_be_used_ends_every_command_with_one_line(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / ".env").mkdir(parents=True)
+    (tmp_path / ".env").write_text("\nexport ADMIN_TOKEN\n")
     for command in "", "check", "backup copy", "import -", "export", "expire":
         line = Server(tmp_path).fail(*command.split())
-        assert line.startswith(f"shop: {words} .env ")
+        assert line.startswith("shop: Line 2 of .env ")
+        assert Server(folder).fail(*command.split()).startswith("shop: The file .env ")
 
 
 def test_an_application_without_a_url_takes_what_is_not_given_from_the_environment(
