@@ -1463,31 +1463,26 @@ def test_a_preflight_is_a_204_that_allows_the_methods_and_headers_of_the_path(co
 
 
 def test_a_page_sees_what_the_server_rejects_before_the_application(start_server):
-    large = HEAD + b"Content-Length: 999999\r\nOrigin: %b\r\n\r\n"
-    wide = b"GET / HTTP/1.1\r\nOrigin: %b\r\nA: " + b"a" * 17_000 + b"\r\n\r\n"
-    listed = start_server(CORS_ORIGINS=ORIGIN)
-    for server, allowed in (listed, ORIGIN), (start_server(CORS_ORIGINS="*"), "*"):
+    origin = b"Origin: %b\r\n" % ORIGIN.encode()
+    large = HEAD + origin + b"Content-Length: 999999\r\n\r\n"
+    wide = b"GET / HTTP/1.1\r\n" + origin + b"A: " + b"a" * 17_000 + b"\r\n\r\n"
+    other = "https://other.example"
+    for setting, allowed in (ORIGIN, ORIGIN), ("*", "*"), (other, None), ("", None):
+        server = start_server(CORS_ORIGINS=setting)
         for request, status in (large, 413), (wide, 431):
-            [response] = server.send(request % ORIGIN.encode())
+            [response] = server.send(request)
             assert response.status == status
             assert response.headers["access-control-allow-origin"] == allowed
-            assert response.headers.get("vary") == (None if allowed == "*" else "Origin")
-    for server in listed, start_server():
-        [response] = server.send(large % b"https://other.example")
-        assert response.status == 413
-        assert "access-control-allow-origin" not in response.headers
+            assert response.headers["vary"] == ("Origin" if "https" in setting else None)
 
 
 def test_a_page_may_see_a_500_and_a_503(cors_shop, make_shop, database):
     shop = cors_shop(ORIGIN)
     copy = make_shop(read_only=True, cors_origins=ORIGIN)
     refused = copy.order((1, 1), Origin=ORIGIN, status=503)
-    assert refused.headers["Retry-After"] == "1"
-    assert "read-only copy" in refused.json["detail"]
     with connect(database) as connection:
         connection.execute("ALTER TABLE product RENAME TO secret_name")
-    failed = shop("GET", "/products/", None, {"Origin": ORIGIN})
-    assert_reveals_nothing(failed)
+    failed = shop("GET", "/products/", None, {"Origin": ORIGIN}, status=500)
     for response in refused, failed:
         assert cors_headers(response)["allow-origin"] == ORIGIN
 
