@@ -1737,8 +1737,8 @@ class Server:
         self.settings = settings
 
     def environment(self):
-        defaults = {"PATH": os.environ["PATH"], "PORT": "0", "DATABASE_URL": "sqlite:///db.sqlite3"}
-        return defaults | self.settings
+        defaults = {"PATH": os.environ["PATH"], "PYTHONPATH": str(HERE), "PORT": "0"}
+        return defaults | {"DATABASE_URL": "sqlite:///db.sqlite3"} | self.settings
 
     def run(self, *arguments):
         """Run it to its end."""
@@ -1757,8 +1757,7 @@ class Server:
     def start(self, program=None, *, reads_log=True):
         """Start it, or a program that does so in its own way, and wait until it listens."""
         command = [sys.executable, *(["-c", program] if program else [HERE / "shop.py"])]
-        environment = self.environment() | {"PYTHONPATH": str(HERE)}
-        options = {"cwd": self.folder, "env": environment, "stdout": subprocess.PIPE}
+        options = {"cwd": self.folder, "env": self.environment(), "stdout": subprocess.PIPE}
         with (self.folder / "stderr").open("a") as stderr:
             self.process = subprocess.Popen(command, **options, stderr=stderr, text=True, bufsize=1)
         line = self.process.stdout.readline()
