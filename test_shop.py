@@ -1460,8 +1460,7 @@ def test_a_page_sees_what_the_server_rejects_before_the_application(start_server
     origin = b"Origin: %b\r\n" % ORIGIN.encode()
     large = HEAD + origin + b"Content-Length: 999999\r\n\r\n"
     wide = b"GET / HTTP/1.1\r\n" + origin + b"A: " + b"a" * 17_000 + b"\r\n\r\n"
-    other = "https://other.example"
-    for setting, allowed in (ORIGIN, ORIGIN), ("*", "*"), (other, None), ("", None):
+    for setting, allowed in (ORIGIN, ORIGIN), ("*", "*"), ("https://a.example", None), ("", None):
         server = start_server(CORS_ORIGINS=setting)
         for request, status in (large, 413), (wide, 431):
             [response] = server.send(request)
@@ -1658,9 +1657,7 @@ def test_the_page_shows_where_the_shop_needs_a_token(make_shop):
 
 def test_the_page_of_a_mounted_shop_stays_under_its_mount_point(shop):
     page = get_page(mounted(shop))
-    hrefs = [link["href"] for link in page.select("a")]
-    assert "/a/b/openapi.json" in hrefs
-    assert all(href.startswith("/a/b/") for href in hrefs)
+    assert [link["href"] for link in page.select("a")] == ["/a/b/openapi.json"]
     paths = {form["data-path"] for form in page.select("form")}
     assert paths == {"/a/b" + path for path in openapi()["paths"]}
     for name in ACCESS:
@@ -1900,7 +1897,6 @@ POST = HEAD + b"Content-Length: 25\r\n\r\n" + BODY
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET_PRODUCTS = b"GET /products/ HTTP/1.1\r\nHost: x\r\n\r\n"
 GET_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-
 LAST_CHUNK = b"\r\n0\r\n\r\n"
 TRAILER = CHUNKED + b"19\r\n" + BODY + b"\r\n0\r\n"
 
@@ -2022,8 +2018,7 @@ def test_requests_in_one_packet_are_answered_in_their_order(server):
     chunked = TRAILER + b"A: b\r\n\r\n\r\n"
     responses = server.send((POST + GET_PRODUCTS + chunked + GET_PRODUCTS) * 10)
     assert [response.status for response in responses] == [201, 200] * 20
-    counts = [len(response.json["products"]) for response in responses[1::2]]
-    assert counts == list(range(1, 21))
+    assert [len(response.json["products"]) for response in responses[1::2]] == [*range(1, 21)]
 
 
 def test_a_body_with_the_bytes_of_a_cached_request_is_a_body(server):
@@ -2060,8 +2055,7 @@ def test_a_connection_is_kept_until_one_side_closes_it(server):
     ]:
         responses = server.send(first + last + first)
         assert [response.status for response in responses] == [status, 200]
-        headers = [response.headers.get("connection") for response in responses]
-        assert headers == [connection, "close"]
+        assert [answer.headers.get("connection") for answer in responses] == [connection, "close"]
 
 
 def test_proxy_headers_of_a_stranger_change_nothing(server):
@@ -2272,17 +2266,15 @@ def test_a_shop_locked_by_another_process_starts_reads_and_lets_writes_wait(star
     server = start_server("shop.LOCK_TIMEOUT = 2")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         orders = [pool.submit(server.order) for _ in range(3)]
-        seconds = []
         while not all(order.done() for order in orders):
             for path in "healthz", "products/", "products/?q=x", "orders/", "products/1/":
                 started = time.monotonic()
                 response = server("GET", f"/{path}")
-                seconds.append(time.monotonic() - started)
+                assert time.monotonic() - started < 0.5
                 assert response.status == 200
             assert response.json["stock"] == 10_000
         for order in orders:
             assert_unavailable(order.result(), "The database is busy.")
-        assert max(seconds) < 0.5
         orders = [pool.submit(server.order) for _ in range(3)]
         assert server("GET", "/healthz").status == 200
         other.close()
@@ -2608,8 +2600,7 @@ def test_a_file_env_that_cannot_be_used_ends_every_command_with_one_line(tmp_pat
     (folder / ".env").mkdir(parents=True)
     (tmp_path / ".env").write_text("\nexport ADMIN_TOKEN\n")
     for command in "", "check", "backup copy", "import -", "export", "expire":
-        line = Server(tmp_path).fail(*command.split())
-        assert line.startswith("shop: Line 2 of .env ")
+        assert Server(tmp_path).fail(*command.split()).startswith("shop: Line 2 of .env ")
         assert Server(folder).fail(*command.split()).startswith("shop: The file .env ")
 
 
@@ -2646,8 +2637,7 @@ def test_an_application_with_a_url_takes_nothing_from_the_environment(make_shop,
 def test_the_shop_runs_under_a_server_with_threads(tmp_path):
     server = Server(tmp_path)
     command = "-m waitress --listen=127.0.0.1:0 --threads=8 --call shop:create_app"
-    environment = server.environment() | {"PYTHONPATH": str(HERE)}
-    options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE}
+    options = {"cwd": tmp_path, "env": server.environment(), "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, *command.split()], **options, text=True)
     server.port = int(re.search(r":(\d+)$", process.stderr.readline())[1])
     server.product(stock=20)
@@ -2668,8 +2658,7 @@ def test_every_commit_is_flushed_one_connection_checkpoints_and_the_wal_shrinks(
         return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
     flushing = "journal_mode", "synchronous", "fullfsync", "checkpoint_fullfsync", "foreign_keys"
-    assert pragmas(store._writer, *flushing) == ["wal", 2, 1, 1, 1]
-    assert pragmas(store._writer, "wal_autocheckpoint", "journal_size_limit") == [pages, 64 << 20]
+    assert pragmas(store._writer, *flushing, "wal_autocheckpoint") == ["wal", 2, 1, 1, 1, pages]
     assert pragmas(store._local.reader, "query_only", "busy_timeout") == [1, 1000]
 
 
