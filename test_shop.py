@@ -1333,6 +1333,7 @@ WRONG_CREDENTIALS += [{"Authorization": value} for value in ("adm1n~", "Basic ad
     ],
 )
 def test_each_route_is_open_to_the_tokens_its_access_names(make_shop, settings, headers, allowed):
+    assert set(ACCESS) == {route.callback.__name__ for route in shop_module.api.routes}
     shop = make_shop(**settings)
     store = shop.app.app.store
     store.create_product(name="x", price=100, stock=9)
