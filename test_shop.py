@@ -2411,6 +2411,7 @@ UNUSABLE_FILES = {
     "sqlite:///none/such/db.sqlite3": "there is no directory 'none/such'",
     "sqlite:///.": "must be a file, not the directory",
     "sqlite:///text": "not a database",
+    "sqlite:///byte": "not a database",
     "sqlite:///foreign": "another program",
     "sqlite:///short": "damaged",
     "sqlite:///newer": "newer version",
@@ -3638,12 +3639,12 @@ def test_what_a_request_means_does_not_depend_on_where_it_is_cut():
             assert parse(request, cut) == whole, (request, cut)
 
 
-def test_a_rejected_head_gets_no_body(shared_server):
+def test_a_rejected_head_gets_no_body(server):
     for target, field, status in [
         *((b"/nowhere", b"A: b", 404), (b"/", b"A : b", 400), (b"/", b"Expect: a miracle", 417)),
         *((b"/", b"Content-Length: 131073", 413), (b"/", b"A: " + b"a" * 17_000, 431)),
     ]:
-        with shared_server.connect() as connection:
+        with server.connect() as connection:
             connection.sendall(b"HEAD %b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (target, field))
             connection.shutdown(socket.SHUT_WR)
             head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
