@@ -262,12 +262,11 @@ class Database:
     def _inspect_file(self) -> None:
         """Raise DatabaseError if the file cannot be the shop's. Creates and writes no file."""
         size = self.path.stat().st_size if self.path.exists() else 0
-        is_new = size == 0
         if self.path.exists() and not self.path.is_file():
             raise DatabaseError(f"{self.path} is not a file.")
         if size == 1:  # which SQLite takes for empty
             raise DatabaseError(f"{self.path} is not a database.")
-        if is_new and not self.read_only:
+        if size == 0 and not self.read_only:
             return
         connecting = self._connect(self._inspection_mode(), self.lock_timeout)
         with contextlib.closing(connecting) as connection:
